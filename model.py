@@ -1,0 +1,244 @@
+"""
+The one Transformer that all objectives share, causal or bidirectional by one flag, and its checkpoint on disk.
+
+Bytes to loss, in the order of `Transformer.forward`: token ids -> embedding -> n_layer blocks (attention, MLP) -> norm ->
+logits at the scored positions only -> weighted cross-entropy. Pre-RMSNorm, rotary positions (Su et al. 2021), QK-norm
+(Henry et al. 2020), ReLU^2 MLP (So et al. 2021), no biases, no norm gains, tied embeddings: every parameter is a matrix.
+
+    from model import Transformer, Config, load_checkpoint
+    model, config = load_checkpoint("out/vlm")
+    hidden = model.features(ids)                    # (B, T) int64 -> (B, T, C)
+    logits = model.logits(hidden[:, -1])            # (B, C) -> (B, V) float32
+"""
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# The model
+
+@dataclass
+class Config:
+    vocab_size: int = 2048                  # ids that stand for text: 0 .. vocab_size-1
+    block_size: int = 128                   # T, the longest input in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128                       # C
+    causal: bool = False                    # position k sees 1..k only (True) or all (False)
+
+    @property
+    def mask_token(self):                   # [MASK] is the first id that is not text
+        return self.vocab_size
+
+    @property
+    def padded_vocab_size(self):            # V: text, the mask token, and padding up to a multiple of 64
+        return 64 * math.ceil((self.vocab_size + 1) / 64)
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """y = x W^T without a bias; W is kept in float32 and cast to the dtype of x where it is used."""
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.causal = config.n_head, config.causal
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, rotary, mask=None, cache=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x (B, H, T, D), D = C / H
+        q, k = rotate(norm(q), *rotary), rotate(norm(k), *rotary)
+        if cache is not None:                                               # keys and values of earlier positions
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+            cache[:] = k, v
+        causal = self.causal and T > 1                                      # a single new token sees all that is cached
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)   # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())                   # (B, T, 4C) inside
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary, mask=None, cache=None):
+        x = x + self.attn(norm(x), rotary, mask, cache)
+        return x + self.mlp(norm(x))
+
+
+def rotary_table(T, D, base=10000.0):
+    """cos and sin, each (T, D/2): the angle of position t and frequency i is t * base^(-2i/D)."""
+    angle = torch.outer(torch.arange(T).float(), base ** (-torch.arange(0, D, 2).float() / D))
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding: turn the pair (x[i], x[i + D/2]) by the angle of its position. x: (B, H, T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
+            raise ValueError(f"n_embd / n_head must be an even whole number, not {config.n_embd} / {config.n_head}")
+        self.config = config
+        self.dtype = torch.float32          # of the activations; weights stay in float32
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """wte                        normal, std 0.02 (also the output matrix: logits start near 0)
+        attn.c_attn, mlp.c_fc         normal, std 1/sqrt(C): keeps the scale of their normalised input
+        attn.c_proj, mlp.c_proj       zero: every block starts as the identity
+        """
+        nn.init.normal_(self.wte.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.attn.c_attn.weight, std=self.config.n_embd ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=self.config.n_embd ** -0.5)
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+
+    def features(self, inputs, valid=None, layer=None, cache=None):
+        """Hidden states.
+
+        inputs: (B, T) int64 token ids, T <= block_size. valid: (B, T) bool, False at padding that nobody may attend to
+        (a causal model with padding on the right needs none). layer: stop after that many blocks (0 = embeddings).
+        cache: a list of n_layer lists, empty at first, that keeps keys and values; then `inputs` are the tokens
+        after the cached ones, all at once or (T = 1) one by one.
+        Returns (B, T, C), RMS-normalised.
+        """
+        past = cache[0][0].size(2) if cache and cache[0] else 0
+        T = inputs.size(1)
+        rotary = self.cos[past:past + T], self.sin[past:past + T]
+        mask = None if valid is None or self.config.causal else valid[:, None, None, :]     # (B, 1, 1, T)
+        x = norm(self.wte(inputs).to(self.dtype))                           # (B, T, C)
+        for i, block in enumerate(self.blocks[:layer]):
+            x = block(x, rotary, mask, None if cache is None else cache[i])
+        return norm(x)
+
+    def logits(self, hidden):
+        """hidden (..., C) -> (..., V) float32; -inf for the mask token and padding, which are never predicted."""
+        logits = F.linear(hidden, self.wte.weight.to(hidden.dtype)).float()
+        logits[..., self.config.vocab_size:] = -torch.inf
+        return logits
+
+    def forward(self, inputs, positions, targets, weights):
+        """The loss of a batch of any objective (objectives.py): sum over n of weights[n] times the cross-entropy of
+        targets[n] (mean over its K alternatives) at positions[n], in nats. The caller divides by the sum of weights.
+
+        inputs: (B, T) int64. positions: (N,) int64 into B*T. targets: (N, K) int64. weights: (N,) float32.
+        """
+        hidden = self.features(inputs).flatten(0, 1).index_select(0, positions)             # (N, C)
+        logp = F.log_softmax(self.logits(hidden), dim=-1)                   # (N, V) float32: the step's largest buffer
+        loss = -logp.gather(1, targets).mean(dim=1)                         # (N,)
+        return (loss * weights).sum()
+
+# -----------------------------------------------------------------------------
+# How large, how much work
+
+def num_params(config):
+    """Number of parameters (the embedding, shared with the output matrix, is counted once)."""
+    return config.padded_vocab_size * config.n_embd + config.n_layer * 12 * config.n_embd ** 2
+
+
+def flops(config, B, T, N):
+    """Floating-point operations of one training step on B sequences of T tokens with N scored positions.
+
+    A product of (m, k) and (k, n) matrices counts 2mkn; nothing else is counted. Backward costs twice the forward. Only
+    the work that is needed counts: the head on the N scored positions, and for a causal model the lower triangle.
+    """
+    C = config.n_embd
+    matrices = 2 * 12 * C * C * B * T                           # qkv 3C^2, attention output C^2, MLP 8C^2
+    pairs = T * (T + 1) / 2 if config.causal else T * T         # (query, key) pairs
+    attention = 2 * 2 * C * pairs * B                           # q k^T and the weighted sum of v
+    head = 2 * C * config.padded_vocab_size * N
+    return 3 * (config.n_layer * (matrices + attention) + head)
+
+# -----------------------------------------------------------------------------
+# Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file, flush it to disk, rename it to `path`: never a partial file there."""
+    with open(f"{path}.tmp", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def save_config(out_dir, config, **rest):
+    """Write out_dir/config.json: the model's sizes, and what else the caller wants to be known (JSON values)."""
+    text = json.dumps({"model": asdict(config), **rest}, indent=1)
+    write_atomically(os.path.join(out_dir, "config.json"), lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(out_dir, model, optimizers, step):
+    """Write out_dir/ckpt.pt: {"model": state dict, "optimizer": [state dicts], "step": int}."""
+    state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers], "step": step}
+    write_atomically(os.path.join(out_dir, "ckpt.pt"), lambda file: torch.save(state, file))
+
+
+def read_checkpoint(out_dir, device="cpu"):
+    """The raw contents of a checkpoint folder: (state, config.json as a dict). Raises ValueError, one line.
+
+    Only tensors and plain containers are accepted: a file that would run code when unpickled is refused.
+    """
+    try:
+        with open(os.path.join(out_dir, "config.json")) as file:
+            config = json.load(file)
+        state = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location=device, weights_only=True)
+        state["model"], state["step"], config["model"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
+                         "(train one: python train.py --objective vlm)") from None
+    except Exception as error:                                  # torch.load raises many kinds
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{out_dir} holds no readable checkpoint: {type(error).__name__}: {reason}") from None
+    return state, config
+
+
+def load_checkpoint(out_dir, device="cpu"):
+    """(model in eval mode, config.json as a dict with "step" added). Raises ValueError, one line, if it is no checkpoint."""
+    state, config = read_checkpoint(out_dir, device)
+    try:
+        model = Transformer(Config(**config["model"])).to(device)
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{out_dir}: ckpt.pt and config.json do not fit: {str(error).splitlines()[0]}") from None
+    return model.eval(), {**config, "step": state["step"]}
