@@ -154,9 +154,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C) -> (..., V) float32; -inf for the mask token and padding, which are never predicted."""
-        logits = F.linear(hidden, self.wte.weight.to(hidden.dtype)).float()
+        logits = F.linear(hidden, self.wte.weight.to(hidden.dtype))
         logits[..., self.config.vocab_size:] = -torch.inf
-        return logits
+        return logits.float()
 
     def forward(self, inputs, positions, targets, weights):
         """The loss of a batch of any objective (objectives.py): sum over n of weights[n] times the cross-entropy of
@@ -165,8 +165,8 @@ class Transformer(nn.Module):
         inputs: (B, T) int64. positions: (N,) int64 into B*T. targets: (N, K) int64. weights: (N,) float32.
         """
         hidden = self.features(inputs).flatten(0, 1).index_select(0, positions)             # (N, C)
-        logp = F.log_softmax(self.logits(hidden), dim=-1)                   # (N, V) float32: the step's largest buffer
-        loss = -logp.gather(1, targets).mean(dim=1)                         # (N,)
+        logits = self.logits(hidden)                                        # (N, V) float32: the step's largest buffer
+        loss = logits.logsumexp(dim=-1) - logits.gather(1, targets).mean(dim=1)             # (N,) -log softmax at targets
         return (loss * weights).sum()
 
 # -----------------------------------------------------------------------------
@@ -189,6 +189,37 @@ def flops(config, B, T, N):
     attention = 2 * 2 * C * pairs * B                           # q k^T and the weighted sum of v
     head = 2 * C * config.padded_vocab_size * N
     return 3 * (config.n_layer * (matrices + attention) + head)
+
+
+def peak_flops(device):
+    """Dense bfloat16 FLOP/s by the data sheet, or None for a device that is not listed: no utilisation, not a wrong one."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+             "A10G": 70e12, "4090": 165e12, "3090": 71e12}
+    return next((peak for key, peak in peaks.items() if key in name), None)
+
+
+def pick_device(device="auto"):
+    """The device to use; "auto" takes a GPU if there is one. Raises ValueError for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(dtype="auto", device="cpu"):
+    """The dtype of the activations; "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:                                                       # AVX512-BF16 or AMX
+        tests = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        native = device == "cpu" and any(test() for test in tests if test)
+    return torch.bfloat16 if native else torch.float32
 
 # -----------------------------------------------------------------------------
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are

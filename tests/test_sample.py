@@ -1,0 +1,330 @@
+"""
+sample.py against explicit loops, enumerated probabilities, and its command line. CPU, no network.
+
+    pytest tests/test_sample.py
+"""
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import sample
+from model import Config, Transformer, load_checkpoint, save_checkpoint, save_config
+from sample import draw, fill, generate, infill_ids
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def tiny(causal, vocab_size=50, block_size=16):
+    """A random model whose output depends on its whole input, and whose embedding favours mask and padded ids."""
+    torch.manual_seed(4)
+    model = Transformer(Config(vocab_size, block_size, n_layer=2, n_head=2, n_embd=32, causal=causal)).eval()
+    with torch.no_grad():
+        model.wte.weight.mul_(20)
+        model.wte.weight[vocab_size:] *= 10         # were these ids not excluded, they would have most of the mass
+        for block in model.blocks:
+            block.attn.c_proj.weight.normal_(std=1.0)
+            block.mlp.c_proj.weight.normal_(std=1.0)
+    return model
+
+
+def count_passes(model):
+    """A list that receives the number of tokens of every forward pass."""
+    lengths, features = [], model.features
+    def counted(inputs, **kwargs):
+        lengths.append(inputs.size(1))
+        return features(inputs, **kwargs)
+    model.features = counted
+    return lengths
+
+
+@torch.no_grad()
+def probabilities(model, ids):
+    """(T, V): the model's distribution at every position of ids, without a cache."""
+    return model.logits(model.features(torch.tensor([ids])))[0].softmax(dim=-1)
+
+
+def chi_square(counts, expected):
+    """Asserts that the counts fit: the statistic within 4 standard deviations of its mean (df, variance 2 df)."""
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic, df = ((counts - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert abs(statistic - df) < 4 * (2 * df) ** 0.5, (statistic, df)
+
+# -----------------------------------------------------------------------------
+# One draw
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.6, None), (1.5, 5), (1.0, 1000)])
+def test_draws_follow_the_softmax(temperature, top_k):
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(1)) * 1.5
+    logits[[2, 7]] = -torch.inf
+    p = (logits / temperature).exp()
+    if top_k:
+        p[p < p.sort(descending=True).values[:top_k][-1]] = 0
+    n = 40_000
+    tokens = draw(logits.expand(n, 20), temperature, top_k, torch.Generator().manual_seed(2))
+    chi_square(tokens.bincount(minlength=20).float(), n * p / p.sum())
+
+
+def test_temperature_0_and_top_k_1_are_the_argmax():
+    logits = torch.randn(500, 30)
+    assert draw(logits, temperature=0).equal(logits.argmax(dim=-1))
+    assert draw(logits, temperature=5.0, top_k=1).equal(logits.argmax(dim=-1))
+    for temperature in (1e-320, 1e-7, 1e-5):        # no overflow, no division by 0
+        assert draw(logits * 1000, temperature).equal(logits.argmax(dim=-1))
+
+# -----------------------------------------------------------------------------
+# Causal models
+
+@pytest.mark.parametrize("block_size", [16, 7])
+def test_cached_is_uncached(block_size):
+    model = tiny(causal=True, block_size=block_size)
+    ids, window = list(PROMPT), list(PROMPT)
+    for _ in range(60):
+        if len(window) == block_size + 1:
+            window = window[-(block_size // 2):]
+        token = int(probabilities(model, window)[-1].argmax())
+        ids, window = ids + [token], window + [token]
+    assert len(set(ids[5:])) > 10                   # a model that repeats itself would prove nothing
+    assert generate(model, PROMPT, 60, temperature=0) == ids
+
+
+def test_cache_is_used():
+    model = tiny(causal=True)
+    lengths = count_passes(model)
+    generate(model, PROMPT, 30)
+    # 5 tokens, then one at a time up to 16; then 8, and one at a time up to 16, twice
+    assert lengths == [5] + 11 * [1] + [8] + 8 * [1] + [8] + 8 * [1]
+
+
+def test_prompt_may_fill_the_window():
+    model = tiny(causal=True)
+    prompt = list(range(16))
+    assert generate(model, prompt, 1, temperature=0) == prompt + [int(probabilities(model, prompt)[-1].argmax())]
+
+# -----------------------------------------------------------------------------
+# Masked models
+
+@pytest.mark.parametrize("steps, shares", [(None, 10 * [1]), (4, [3, 2, 3, 2]), (1, [10]), (99, 10 * [1])])
+def test_left_to_right(steps, shares):
+    model = tiny(causal=False)
+    ids = PROMPT + 10 * [model.config.mask_token]
+    k = len(PROMPT)
+    for share in shares:
+        p = probabilities(model, ids)
+        for _ in range(share):
+            ids[k] = int(p[k].argmax())
+            k += 1
+    assert len(set(ids[5:])) > 2 or steps == 1
+    lengths = count_passes(model)
+    assert generate(model, PROMPT, 10, temperature=0, steps=steps) == ids
+    assert lengths == len(shares) * [15]
+
+
+@pytest.mark.parametrize("steps, shares", [(None, 10 * [1]), (4, [3, 2, 3, 2])])
+def test_most_confident_first(steps, shares):
+    model = tiny(causal=False)
+    ids, order = PROMPT + 10 * [model.config.mask_token], []
+    for share in shares:
+        p = probabilities(model, ids)
+        masked = [k for k in range(15) if ids[k] == model.config.mask_token]
+        for k in sorted(masked, key=lambda k: -float(p[k].max()))[:share]:
+            ids[k] = int(p[k].argmax())
+            order.append(k)
+    assert order != sorted(order)                   # else it would be the same as left to right
+    assert generate(model, PROMPT, 10, temperature=0, order="confidence", steps=steps) == ids
+    assert generate(model, PROMPT, 10, temperature=0, steps=steps) != ids
+
+
+def test_long_text_slides():
+    model = tiny(causal=False)
+    mask = model.config.mask_token
+    ids = list(PROMPT)
+    for context, masks in [(5, 11), (8, 8), (8, 8), (8, 3)]:                # windows of at most 16; 30 new tokens
+        window = ids[-context:] + masks * [mask]
+        for k in range(context, context + masks):
+            window[k] = int(probabilities(model, window)[k].argmax())
+        ids += window[context:]
+    assert generate(model, PROMPT, 30, temperature=0) == ids
+    lengths = count_passes(model)
+    assert len(generate(model, PROMPT, 30, steps=10)) == 35
+    assert lengths == 4 * [16] + 3 * [16] + 2 * [16] + [11]                 # 10 passes shared as 11 : 8 : 8 : 3
+    lengths.clear()
+    assert len(generate(model, PROMPT, 30, steps=1)) == 35                  # a window takes one pass at least
+    assert lengths == [16, 16, 16, 11]
+
+# -----------------------------------------------------------------------------
+# Whole texts
+
+def distribution(model, order, steps):
+    """(9,): the exact probability of each two-token continuation of [0] in a vocabulary of three tokens."""
+    mask, p = model.config.mask_token, torch.zeros(3, 3)
+    for a, b in itertools.product(range(3), range(3)):
+        if model.config.causal:
+            p[a, b] = probabilities(model, [0])[0, a] * probabilities(model, [0, a])[1, b]
+            continue
+        first = probabilities(model, [0, mask, mask])
+        if steps == 1:
+            p[a, b] = first[1, a] * first[2, b]
+        elif order == "confidence" and first[2].max() > first[1].max():
+            p[a, b] = first[2, b] * probabilities(model, [0, mask, b])[1, a]
+        else:
+            p[a, b] = first[1, a] * probabilities(model, [0, a, mask])[2, b]
+    return p.flatten()
+
+
+@pytest.mark.parametrize("causal, order, steps", [(True, "left", None), (False, "left", None),
+                                                  (False, "confidence", None), (False, "left", 1)])
+def test_texts_follow_the_model(causal, order, steps):
+    model, n = tiny(causal, vocab_size=3, block_size=4), 1000
+    with torch.no_grad():
+        model.wte.weight[:3] *= 0.15                # rather even probabilities
+    generator = torch.Generator().manual_seed(3)
+    texts = [generate(model, [0], 2, order=order, steps=steps, generator=generator) for _ in range(n)]
+    counts = torch.tensor([3 * a + b for _, a, b in texts]).bincount(minlength=9).float()
+    expected = n * distribution(model, order, steps)
+    assert expected.min() > 5                       # for the chi-square approximation
+    chi_square(counts, expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_text_ids_are_emitted(causal):
+    model = tiny(causal)
+    ids = generate(model, PROMPT, 1000, temperature=50.0, generator=torch.Generator().manual_seed(4))
+    ids += generate(model, PROMPT, 1000, temperature=50.0, top_k=64, generator=torch.Generator().manual_seed(5))
+    hidden = model.features(torch.tensor([PROMPT]))[0, -1]
+    ids += draw(model.logits(hidden).expand(20_000, 64), 50.0).tolist()
+    assert set(ids) == set(range(50))               # every id of text, but not [MASK] = 50 nor padding 51 .. 63
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_randomness(causal):
+    model = tiny(causal)
+    def run(seed, **kwargs):
+        return generate(model, PROMPT, 30, generator=torch.Generator().manual_seed(seed), **kwargs)
+    assert run(0) == run(0) != run(1)
+    assert run(0, temperature=0) == run(1, temperature=0) == run(2, top_k=1) == run(3, top_k=1, temperature=3.0)
+    assert run(0)[:5] == PROMPT and len(run(0)) == 35
+
+# -----------------------------------------------------------------------------
+# Command line
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folders "ar" and "vlm" as train.py leaves them, with a vocabulary of bytes."""
+    folder = tmp_path_factory.mktemp("out")
+    for name, causal in [("ar", True), ("vlm", False)]:
+        os.makedirs(folder / name)
+        data.save_tokenizer("bytes", folder / name)
+        model = tiny(causal, vocab_size=257, block_size=64)
+        save_checkpoint(folder / name, model, [], step=1)
+        save_config(folder / name, model.config)
+    return folder
+
+
+def text_of(capsys, *flags):
+    sample.main(list(map(str, flags)))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gap_tokens", [1, 3])
+def test_infill(checkpoints, gap_tokens):
+    model, _ = load_checkpoint(checkpoints / "vlm")
+    encoding = data.load_tokenizer(checkpoints / "vlm")
+    ids = infill_ids("____é = ______.__init__(____)____", encoding, model.config, gap_tokens)
+    gap, mask = gap_tokens * [model.config.mask_token], model.config.mask_token
+    pieces = [encoding.encode_ordinary(piece) for piece in ("é = ", ".__init__(", ")")]
+    assert ids == gap + pieces[0] + gap + pieces[1] + gap + pieces[2] + gap
+    for order, steps in [("left", None), ("confidence", 2)]:
+        filled = fill(model, ids, draw, order, steps)
+        assert all(new == old if old != mask else new < model.config.vocab_size for new, old in zip(filled, ids))
+        assert len(filled) == len(ids)
+
+
+def test_infill_prints_the_text(checkpoints, capsys):
+    out = text_of(capsys, "--checkpoint", checkpoints / "vlm", "--infill", "for ____ in range(____):", "--gap_tokens", 2)
+    gaps = re.fullmatch(r"for (.+) in range\((.+)\):\n", out, re.DOTALL)
+    assert gaps and "____" not in out
+
+
+@pytest.mark.parametrize("name", ["ar", "vlm"])
+def test_prints_what_generate_returns(checkpoints, capsys, name):
+    model, _ = load_checkpoint(checkpoints / name)
+    encoding = data.load_tokenizer(checkpoints / name)
+    generator = torch.Generator().manual_seed(7)
+    texts = [encoding.decode(generate(model, [encoding.eot_token], 90, 0.9, 40, generator=generator)[1:])
+             for _ in range(2)]                     # an empty prompt starts from end-of-text, which is not printed
+    out = text_of(capsys, "--checkpoint", checkpoints / name, "--max_new_tokens", 90, "--temperature", 0.9,
+                  "--top_k", 40, "--num_samples", 2, "--seed", 7)
+    assert out == texts[0] + "\n" + "-" * 15 + "\n" + texts[1] + "\n"
+
+
+def test_bfloat16(checkpoints, capsys):
+    for name in ("ar", "vlm"):
+        flags = ["--checkpoint", checkpoints / name, "--prompt", "x = ", "--dtype", "bfloat16", "--device", "cpu"]
+        assert text_of(capsys, *flags).startswith("x = ")
+
+
+@pytest.mark.parametrize("flags", [["--checkpoint", "ar"],
+                                   ["--checkpoint", "vlm", "--order", "confidence", "--steps", "9"]])
+def test_script(checkpoints, flags):
+    script = [sys.executable, os.path.join(ROOT, "sample.py"), *flags, "--prompt", "def é", "--max_new_tokens", "20"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}       # a terminal without é or whatever the model comes up with
+    done = subprocess.run(script, cwd=checkpoints, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("def ?") and len(done.stdout) > 10
+
+
+BAD = [("--checkpoint none", "none holds no checkpoint"),
+       ("--checkpoint ar --prompt " + 65 * "x", "the prompt has 65 tokens"),
+       ("--checkpoint vlm --prompt " + 64 * "x", "the prompt has 64 tokens"),
+       ("--checkpoint vlm --temperature -1", "temperature must be"),
+       ("--checkpoint vlm --temperature nan", "temperature must be"),
+       ("--checkpoint vlm --temperature inf", "temperature must be"),
+       ("--checkpoint ar --top_k 0", "top_k must be"),
+       ("--checkpoint vlm --steps 0", "steps must be"),
+       ("--checkpoint ar --steps 5", "order and steps are for masked models"),
+       ("--checkpoint ar --order confidence", "order and steps are for masked models"),
+       ("--checkpoint vlm --max_new_tokens 0", "max_new_tokens must be"),
+       ("--checkpoint vlm --num_samples 0", "num_samples must be"),
+       ("--checkpoint vlm --seed -1", "seed at least 0"),
+       ("--checkpoint vlm --device tpu9", "device 'tpu9' is not available"),
+       ("--checkpoint ar --infill a____b", "infill needs a masked model"),
+       ("--checkpoint vlm --infill __init__", "infill needs a gap"),
+       ("--checkpoint vlm --infill a____b --gap_tokens 0", "gap_tokens of at least 1"),
+       ("--checkpoint vlm --infill a____b --gap_tokens 63", "the text has 65 tokens"),
+       ("--checkpoint vlm --infill a____b --steps 0", "steps must be"),
+       ("--checkpoint mixed", "is not the one of this model's training")]
+
+
+@pytest.mark.parametrize("flags, message", BAD)
+def test_bad_input_is_one_line(checkpoints, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(checkpoints)
+    if flags.endswith("mixed"):
+        os.makedirs("mixed")
+        data.save_tokenizer("bytes", "mixed")
+        save_checkpoint("mixed", tiny(False), [], step=1)
+        save_config("mixed", tiny(False).config)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(flags.split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_prompt_or_infill(checkpoints):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--checkpoint", "vlm", "--prompt", "a", "--infill", "____"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("kwargs", [dict(prompt_ids=[]), dict(order="right"), dict(max_new_tokens=0)])
+def test_generate_refuses(kwargs):
+    with pytest.raises(ValueError):
+        generate(tiny(False), **{**dict(prompt_ids=PROMPT, max_new_tokens=3), **kwargs})

@@ -1,0 +1,453 @@
+"""
+Pretrain a Transformer with any objective of objectives.py: bytes -> windows -> (context, target) pairs -> loss -> update.
+
+    python train.py --objective vlm                             # a first run: this Python's standard library, no download
+    python train.py --objective ar --out_dir out/ar-wide --n_embd 256 --max_iters 2000
+    python train.py --resume --out_dir out/vlm                  # go on after Ctrl-C, a crash, a power cut
+    python train.py --objective vlm --preset paper              # 16 layers, width 768, on the Pile (data.py fetches it)
+    torchrun --standalone --nproc_per_node=8 train.py --objective vlm --preset paper
+
+Everything random is a pure function of (seed, step, index of the sequence in the global batch), and the loss is summed
+over the batch and divided once. So a run is the same, to rounding, on 1 or 8 processes, in 1 or 4 micro-batches, and a
+resumed run continues exactly where it stopped. Progress goes to the screen and, one JSON object a line, to out_dir/log.jsonl.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import objectives
+from model import (Config, Transformer, flops, num_params, peak_flops, pick_device, pick_dtype, read_checkpoint,
+                   save_checkpoint, save_config, write_atomically)
+from objectives import CAUSAL, OBJECTIVES, Draw, Options
+from sample import generate
+
+PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
+    "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, batch_tokens=2048,
+                 max_iters=1000, warmup_iters=50, optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
+    "small": dict(dataset="stdlib", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=64, batch_tokens=65536,
+                  max_iters=3000, warmup_iters=100, optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
+    "paper": dict(dataset="pile", n_layer=16, n_head=12, n_embd=768, block_size=512, batch_size=64, batch_tokens=524288,
+                  max_iters=20000, warmup_iters=700, optimizer="adamw", learning_rate=6e-4, eval_interval=500, eval_iters=40),
+}
+VAL_SEED = 2407_00935           # validation windows and masks are the same for every run, so that losses compare
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def build_parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--objective", choices=OBJECTIVES, default="vlm", help="what is predicted from what, see objectives.py")
+    p.add_argument("--lookahead", type=int, default=2, metavar="t", help="dar: the target is one of the next t tokens")
+    p.add_argument("--dar_estimator", choices=["sample", "expectation"], default="sample",
+                   help="dar: draw one of the t targets, or average the loss over all of them")
+    p.add_argument("--mask_ratio", type=float, default=0.15, help="mlm: fraction of the positions that is masked")
+    p.add_argument("--mask_range", type=float, nargs=2, default=[0.15, 1.0], metavar=("LOW", "HIGH"),
+                   help="vlm: the fraction is uniform in this range, per sequence")
+    p.add_argument("--corruption", choices=["mask", "bert"], default="mask",
+                   help="mlm, vlm: mask all chosen positions, or BERT's 80 %% mask, 10 %% random token, 10 %% unchanged")
+    p.add_argument("--normalization", choices=["tokens", "bound"], default="tokens",
+                   help="mlm, vlm: mean over the masked tokens of the batch, or over sequences of the mean within each")
+    p.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
+                   help="defaults for the sizes below: tiny (laptop CPU), small (one GPU), paper; auto picks by device")
+    preset = p.add_argument_group("set by the preset unless given")
+    preset.add_argument("--dataset", help="name of a folder in data/, see data.py; stdlib is prepared when missing")
+    for name, text in [("n_layer", "blocks"), ("n_head", "attention heads"), ("n_embd", "width"),
+                       ("block_size", "tokens per sequence, T"), ("batch_size", "sequences per micro-batch"),
+                       ("batch_tokens", "tokens per update, over all processes and micro-batches"), ("max_iters", "updates"),
+                       ("warmup_iters", "updates of linear warmup"), ("eval_interval", "updates between validations"),
+                       ("eval_iters", "micro-batches per validation")]:
+        preset.add_argument(f"--{name}", type=int, help=text)
+    preset.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, adamw for the embedding")
+    preset.add_argument("--learning_rate", type=float, help="peak learning rate of AdamW")
+    p.add_argument("--muon_lr", type=float, default=0.02, help="peak learning rate of Muon")
+    p.add_argument("--decay_fraction", type=float, default=0.7, help="last part of the run, in which the rate decays linearly")
+    p.add_argument("--min_lr_fraction", type=float, default=0.05, help="the rate at the end, as a fraction of its peak")
+    p.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay")
+    p.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    p.add_argument("--seed", type=int, default=0, help="of the initial weights, the data order and the masks")
+    p.add_argument("--out_dir", default=None, help="where checkpoint and log go (default: out/OBJECTIVE)")
+    p.add_argument("--data_dir", default=data.DATA_DIR, help="where the prepared datasets are")
+    p.add_argument("--save_interval", type=int, default=250, help="updates between checkpoints")
+    p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
+    p.add_argument("--resume", action="store_true", help="continue the run in out_dir with its own flags (given ones replace them)")
+    p.add_argument("--overwrite", action="store_true", help="replace a run that is already in out_dir")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                   help="of the activations; auto is bfloat16 where the hardware has it")
+    p.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
+                   help="torch.compile; auto: on GPUs, and on CPUs when the run is long enough to pay for it")
+    return p
+
+
+SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "max_iters", "eval_interval",
+         "eval_iters", "save_interval", "log_interval"]
+FIXED = ["objective", "dataset", "n_layer", "n_head", "n_embd", "block_size", "optimizer", "seed"]  # cannot change on resume
+
+
+def parse_args(argv=None):
+    """The command line as a namespace without open choices. Exits with code 2 and one line if it makes no sense."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.out_dir = args.out_dir or os.path.join("out", args.objective)
+    try:
+        if args.resume:
+            saved = read_checkpoint(args.out_dir)[1]["train"]
+            parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "overwrite")})
+            args = parser.parse_args(argv)
+            changed = [name for name in FIXED if getattr(args, name) != saved[name]]
+            if changed:
+                raise ValueError(f"--resume cannot change {', '.join(changed)}: {args.out_dir} was trained with "
+                                 + ", ".join(f"{name} {saved[name]}" for name in changed))
+        args.device = pick_device(args.device)
+        if args.preset == "auto":
+            args.preset = "small" if args.device.startswith("cuda") else "tiny"
+        for name, value in PRESETS[args.preset].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        check_args(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def check_args(args):
+    """Raises ValueError, one line, for flags that make no sense together."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in SIZES:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
+    for name in ["learning_rate", "muon_lr", "weight_decay", "grad_clip", "warmup_iters", "seed"]:
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"{name} must not be negative, not {getattr(args, name)}")
+    for name in ["decay_fraction", "min_lr_fraction"]:
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], not {getattr(args, name)}")
+    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
+        raise ValueError(f"n_embd {args.n_embd} does not split into {args.n_head} heads (n_head) of even width")
+    if args.batch_tokens % (args.batch_size * args.block_size * world):
+        raise ValueError(f"batch_tokens {args.batch_tokens} is not a multiple of batch_size * block_size * processes "
+                         f"= {args.batch_size} * {args.block_size} * {world}")
+    if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+        raise ValueError(f"{args.out_dir} already holds a run: continue it with --resume, or replace it with --overwrite")
+    objectives.check(make_options(args, vocab_size=1))
+
+
+def make_options(args, vocab_size):
+    """The flags an objective may depend on, as objectives.Options."""
+    given = {field.name: getattr(args, field.name) for field in fields(Options) if field.name != "vocab_size"}
+    return Options(vocab_size=vocab_size, **given)
+
+# -----------------------------------------------------------------------------
+# Processes: one, or several under torchrun
+
+def start_processes(args):
+    """Join the other processes, if torchrun started any, and take this one's GPU."""
+    if "RANK" in os.environ:
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def say(text):
+    if rank_and_world()[0] == 0:
+        tqdm.write(text)
+
+# -----------------------------------------------------------------------------
+# Batches
+
+def load_data(args):
+    """data.load; the default dataset, the standard library's text, is prepared first when it is missing."""
+    rank, _ = rank_and_world()
+    if rank == 0 and args.dataset == "stdlib" and not os.path.exists(os.path.join(args.data_dir, "stdlib", "meta.json")):
+        data.prepare("stdlib", data_dir=args.data_dir)
+    if dist.is_initialized():
+        dist.barrier()
+    return data.load(args.dataset, args.data_dir)
+
+
+def get_batch(shards, options, seed, step, indices):
+    """The sequences `indices` of the global batch of a step, as an objectives.Batch: a pure function of its arguments."""
+    draw = Draw(seed, step, indices)
+    x = data.windows(shards, objectives.window_size(options), draw.per_sequence(1)[:, 0])       # (B, T + extra)
+    return OBJECTIVES[options.objective](x, draw, options)
+
+
+def to_device(batch, device):
+    """Batch of numpy arrays -> list of tensors. From pinned memory the copy to a GPU overlaps with computation."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in batch]
+    if device.startswith("cuda"):
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return tensors
+
+
+def prefetch(make, first, last):
+    """Yields (step, make(step)) for every step, while the next one is already made in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(make, first)
+        for step in range(first, last):
+            result = future.result()
+            if step + 1 < last:
+                future = pool.submit(make, step + 1)
+            yield step, result
+
+
+def evaluate(model, shards, options, args):
+    """Validation loss, nats per scored token: sum of the losses over sum of the weights, every process its share.
+
+    The windows and masks are the same at every call. Gradients stay on: without them the model would be compiled anew.
+    """
+    rank, world = rank_and_world()
+    total = torch.zeros(2)
+    for i in range(rank, args.eval_iters, world):
+        sequences = range(i * args.batch_size, (i + 1) * args.batch_size)
+        batch = to_device(get_batch(shards, options, VAL_SEED, 0, sequences), args.device)
+        total += torch.stack([model(*batch).detach(), batch[3].sum()]).cpu()
+    loss, weight = all_reduce(total.to(args.device)).tolist()
+    return loss / weight
+
+# -----------------------------------------------------------------------------
+# Optimizer
+
+def make_optimizers(model, args):
+    """AdamW for every parameter, or Muon for the blocks' matrices and AdamW for the embedding."""
+    adamw = dict(lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay,
+                 fused=args.device != "mps")
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), **adamw)]
+    return [torch.optim.AdamW(model.wte.parameters(), **adamw),
+            torch.optim.Muon(model.blocks.parameters(), lr=args.muon_lr, weight_decay=args.weight_decay)]
+
+
+def lr_factor(step, args):
+    """Fraction of the peak learning rate at a step: linear warmup, constant, linear decay to min_lr_fraction."""
+    warmup = (step + 1) / (args.warmup_iters + 1)
+    left = (args.max_iters - step) / max(1, args.decay_fraction * args.max_iters)
+    return min(1.0, warmup, args.min_lr_fraction + (1 - args.min_lr_fraction) * left)
+
+
+def update(model, optimizers, batches, args, step):
+    """One optimizer step on this process's micro-batches. Returns (loss, gradient norm), (2,): no host-device sync."""
+    _, world = rank_and_world()
+    total = all_reduce(sum(weights.sum() for *_, weights in batches))       # sum of weights of the global batch
+    loss = 0.0
+    for i, batch in enumerate(batches):
+        with model.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext():
+            part = model(*batch) / total                                    # this micro-batch's share of the loss
+            (part * world).backward()                                       # DDP averages the processes' gradients
+        loss = loss + part.detach()
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss, grad_norm / world])                           # summed over the processes when logged
+
+# -----------------------------------------------------------------------------
+# Compilation
+
+COMPILE_PAYS_FLOPS = 2e13       # of a whole run on a CPU: compiling takes about half a minute and gains 40 to 100 %
+
+
+def pick_compile(args, step_flops):
+    """Whether to compile: on a GPU yes, on a CPU if there is a C++ compiler and the run is long enough to pay for it."""
+    if args.compile != "auto":
+        return args.compile == "on"
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    pays = args.device == "cpu" and compiler and step_flops * args.max_iters > COMPILE_PAYS_FLOPS
+    return args.device.startswith("cuda") or bool(pays)
+
+
+def compiled(model, batch):
+    """The model under torch.compile, tried on one batch; where that fails, one line and the model itself."""
+    start = time.time()
+    say("compiling (a second run finds it in the cache) ...")
+    try:
+        fast = torch.compile(model)
+        fast(*batch).backward()
+        say(f"compiled in {time.time() - start:.0f} s")
+    except Exception as error:              # no compiler, a compiler that fails, an unsupported platform: many kinds
+        say(f"torch.compile does not work here, going on without: {(str(error) or repr(error)).splitlines()[0]}")
+        fast = model
+    model.zero_grad(set_to_none=True)
+    return fast
+
+# -----------------------------------------------------------------------------
+# The run
+
+def start_folder(args, config):
+    """A fresh out_dir: what an earlier run left is removed, config and tokenizer make the checkpoint self-contained."""
+    os.makedirs(args.out_dir, exist_ok=True)
+    for name in ["ckpt.pt", "log.jsonl"]:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(args.out_dir, name))
+    shutil.copy(os.path.join(args.data_dir, args.dataset, "tokenizer.json"), args.out_dir)
+    save_config(args.out_dir, config, train=vars(args), torch=torch.__version__)
+
+
+def resume_folder(args, model, optimizers):
+    """Restore weights and optimizers from out_dir, cut the log at that step, return the number of updates done."""
+    state, _ = read_checkpoint(args.out_dir, args.device)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizer"]):
+        optimizer.load_state_dict(saved)
+    path = os.path.join(args.out_dir, "log.jsonl")
+    if rank_and_world()[0] == 0 and os.path.exists(path):
+        with open(path) as file:            # a killed run may have logged steps, or half a line, after its checkpoint
+            lines = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
+        write_atomically(path, lambda file: file.write("".join(lines).encode()))
+    return state["step"]
+
+
+def train(args):
+    """Set up data, model and optimizers, and run."""
+    start_processes(args)
+    rank, world = rank_and_world()
+    meta, shards = load_data(args)
+    options = make_options(args, meta["vocab_size"])
+    for split in ("train", "val"):
+        data.check_window(shards[split], objectives.window_size(options))
+
+    torch.manual_seed(args.seed)
+    causal = args.objective in CAUSAL
+    config = Config(meta["vocab_size"], args.block_size, args.n_layer, args.n_head, args.n_embd, causal)
+    model = Transformer(config).to(args.device)
+    model.dtype = pick_dtype(args.dtype, args.device)
+    optimizers = make_optimizers(model, args)
+    first = 0
+    if args.resume:
+        first = resume_folder(args, model, optimizers)
+    elif rank == 0:
+        start_folder(args, config)
+    for optimizer, peak in zip(optimizers, [args.learning_rate, args.muon_lr]):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = peak
+
+    # The sequences of the global batch that this process works on, in micro-batches
+    local = args.batch_tokens // args.block_size // world
+    cuts = [range(i, i + args.batch_size) for i in range(rank * local, (rank + 1) * local, args.batch_size)]
+
+    def make(step):
+        return [to_device(get_batch(shards["train"], options, args.seed, step, cut), args.device) for cut in cuts]
+
+    batches = make(first)
+    scored = sum(positions.numel() for _, positions, _, _ in batches)       # by this process, per update
+    step_flops = flops(config, local, args.block_size, scored)
+    say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | {num_params(config) / 1e6:.2f} M parameters | "
+        f"{args.batch_tokens} tokens an update, {scored * world} scored | {args.device} x {world}, "
+        f"{str(model.dtype)[6:]} | {args.out_dir}")
+    fast = compiled(model, batches[0]) if pick_compile(args, step_flops) else model
+    loop(args, model, fast, optimizers, make, lambda: evaluate(fast, shards["val"], options, args), first, step_flops)
+    if rank == 0:
+        finish(args, model, meta)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def loop(args, model, fast, optimizers, make, validate, first, step_flops):
+    """Update; at their intervals log, validate, save. `fast` is `model`, compiled or not."""
+    rank, world = rank_and_world()
+    wrapped = torch.nn.parallel.DistributedDataParallel(fast, broadcast_buffers=False) if world > 1 else fast
+    signals = [0]                           # Ctrl-C and SIGTERM: save, then exit
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    peak, saved, pending, clock = peak_flops(args.device), first, [], time.time()
+    bar = tqdm(total=args.max_iters, initial=first, disable=rank != 0, dynamic_ncols=True)
+
+    for step, batches in prefetch(make, first, args.max_iters):
+        pending.append(update(wrapped, optimizers, batches, args, step))
+        done = step + 1
+        bar.update()
+        final = done == args.max_iters
+        logs = final or done % args.log_interval == 0
+        stop = signals[-1] if world == 1 else int(all_reduce(torch.tensor(signals[-1], device=args.device),
+                                                             dist.ReduceOp.MAX)) if logs else 0
+        validates = final or done % args.eval_interval == 0
+        saves = final or stop or done % args.save_interval == 0
+        if not (logs or validates or saves):
+            continue
+
+        numbers = all_reduce(torch.stack(pending)).cpu()                    # (steps, 2): loss and gradient norm; a sync
+        bad = (~numbers.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            bar.close()
+            say(f"error: loss or gradient not finite at step {done - len(pending) + int(bad[0]) + 1}; "
+                + (f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"))
+            sys.exit(1)
+        seconds = time.time() - clock
+        rate = len(pending) * args.batch_tokens / seconds
+        line = dict(step=done, tokens=done * args.batch_tokens, train_loss=numbers[:, 0].mean().item(),
+                    grad_norm=numbers[-1, 1].item(), lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=rate)
+        if peak:
+            line["mfu"] = len(pending) * step_flops / seconds / peak
+        if validates:
+            line["val_loss"] = validate()
+            say(f"step {done}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}")
+        bar.set_postfix_str(f"loss {line['train_loss']:.3f}, {rate:.0f} tokens/s"
+                            + (f", MFU {line['mfu']:.0%}" if peak else ""))
+        if rank == 0:
+            with open(os.path.join(args.out_dir, "log.jsonl"), "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if saves:
+                save_checkpoint(args.out_dir, model, optimizers, done)
+        saved = done if saves else saved
+        pending, clock = [], time.time()
+        if stop and not final:
+            bar.close()
+            say(f"stopped at step {done} and saved; go on with: python train.py --resume --out_dir {args.out_dir}")
+            sys.exit(128 + stop)
+    bar.close()
+
+
+def finish(args, model, meta):
+    """The result: validation loss in nats per token and bits per byte, and a short sample."""
+    with open(os.path.join(args.out_dir, "log.jsonl")) as file:
+        val_loss = [json.loads(line) for line in file][-1]["val_loss"]
+    split = meta["splits"]["val"]
+    bits = val_loss / math.log(2) * split["tokens"] / split["bytes"]
+    kind = "of next tokens" if args.objective == "ar" else f"under the {args.objective} objective"
+    say(f"validation loss {val_loss:.4f} nats per token {kind}, {bits:.3f} bits per byte; checkpoint in {args.out_dir}")
+    encoding = data.load_tokenizer(args.out_dir)
+    ids = generate(model.eval(), [encoding.eot_token], min(80, args.block_size - 1), temperature=0.8,
+                   generator=torch.Generator().manual_seed(args.seed))
+    say("--- a sample (more: python sample.py --checkpoint " + args.out_dir + ") ---\n" + encoding.decode(ids[1:]))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        train(args)
+    except data.DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
