@@ -6,10 +6,10 @@ Text -> documents -> tokens -> memory-mapped shards -> windows. (numpy only: not
     python data.py --dataset mine --files a.jsonl b.jsonl.gz c.jsonl.zst d.txt --tokenizer bpe:4096
     python data.py --dataset mine --check                   # sha256 of every shard, every token id
 
-A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, each document followed by
-end-of-text), tokenizer.json, and meta.json (sources, counts, sha256), which comes last: without it there is no
-dataset. A file gets its name when it is complete. The bytes depend on the input alone, not on the number of cores:
-after a crash the same command starts anew and makes the same files (downloads go on where they broke off).
+A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after every
+document), tokenizer.json, and meta.json (sources, counts, sha256), which is written last: no meta.json, no dataset.
+A file gets its name when it is complete. Its bytes depend on the input alone, not on the number of cores: after a
+crash the same command starts anew and makes the same files (downloads go on where they broke off).
 """
 import argparse
 import codecs
@@ -43,10 +43,10 @@ STDLIB = f"standard library of Python {sys.version.split()[0]}"
 PILE_URL = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train"
 VAL_FRACTION = {"stdlib": 0.1, "pile": 0.005}   # of the documents; any other dataset: 0.01
 SHARD_TOKENS = 100_000_000
-PIECE = 2 ** 18         # characters; longer documents are encoded in pieces of at most this size
-MAX_LINE = 2 ** 25      # bytes; a longer line of a .jsonl file is skipped, so that memory stays bounded
-BPE_SAMPLE = 2 ** 24    # characters that a vocabulary is trained on
-SCAN = 2 ** 24          # tokens at the start of each shard whose ids are checked whenever it is loaded
+PIECE = 2**18           # characters; longer documents are encoded in pieces of at most this size
+MAX_LINE = 2**25        # bytes; a longer line of a .jsonl file is skipped, so that memory stays bounded
+BPE_SAMPLE = 2**24      # characters that a vocabulary is trained on
+SCAN = 2**24            # tokens at the start of each shard whose ids are checked whenever it is loaded
 
 
 class DataError(ValueError):
@@ -66,16 +66,16 @@ def stdlib_files():
 
 
 def documents(source):
-    """Yield the documents of STDLIB or of a .jsonl or .txt file (maybe with .gz or .zst after it).
+    """Yield the documents of STDLIB or of a .jsonl or .txt file (also with .gz or .zst after it).
 
     What cannot be used, a line or a whole .txt file, is yielded as a DataError that names file and line. Raises
-    DataError for an archive that is damaged or ends early, and for a file without documents.
+    DataError for an archive that is damaged or ends early, and for a file that holds no document.
     """
     if source == STDLIB:
         yield from ([text] for _, text in stdlib_files())
         return
     try:
-        yield from json_documents(source) if ".jsonl" in source else text_document(source)
+        yield from text_document(source) if re.search(r"\.txt(\.\w+)?$", source) else json_documents(source)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
         raise DataError(f"{source}: the archive is damaged or ends early: {error}") from None
 
@@ -83,7 +83,7 @@ def documents(source):
 def open_binary(path):
     """A file object that reads the decompressed bytes."""
     if path.endswith(".zst"):
-        return zstd.open(path, options={zstd.DecompressionParameter.window_log_max: 27})    # windows of 128 MiB
+        return zstd.open(path, options={zstd.DecompressionParameter.window_log_max: 27})  # 128 MiB
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
@@ -92,6 +92,8 @@ def json_documents(path):
     good, problem = 0, "it has no lines"
     with open_binary(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+            if line.isspace():
+                continue
             try:
                 if len(line) == MAX_LINE:
                     while line and not line.endswith(b"\n"):
@@ -124,14 +126,16 @@ def json_text(line):
 
 def text_document(path):
     """The file is one document. It is read twice, so that one with a bad byte at its end is not begun."""
-    line = 1
+    line, size = 1, 0
     try:
         for text in decoded(path):
-            line += text.count("\n")
+            line, size = line + text.count("\n"), size + len(text)
     except UnicodeDecodeError as error:
         line += error.object[:error.start].count(b"\n")
         yield DataError(f"{path}:{line}: invalid UTF-8: {error.reason}")
     else:
+        if not size:
+            raise DataError(f"{path} holds no text")
         yield decoded(path)
 
 
@@ -144,21 +148,25 @@ def decoded(path):
     yield decoder.decode(b"", final=True)
 
 
+CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
 def cut(document):
     """Yield (text, whether it is the last) for the pieces of a document, at most PIECE characters each.
 
-    A piece ends where a space or newline follows another character: no token of GPT-2's pattern crosses such a
-    place, so the tokens are those of the whole document. Where half a piece has no such place, it ends anywhere.
+    A piece ends before a space or newline that follows another character. No token of PATTERN crosses such a
+    place, so the tokens are those of the whole document. (If half a piece has no such place, it ends anywhere.)
     """
     rest, start = "", 0
     for text in document:
         rest, start = rest[start:] + text, 0
         while len(rest) - start > PIECE:
-            match = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(rest, start + PIECE // 2, start + PIECE)
+            match = CUT.match(rest, start + PIECE // 2, start + PIECE)
             end = match.end() if match else start + PIECE
             yield rest[start:end], False
             start = end
-    yield rest[start:], True
+    if rest:
+        yield rest[start:], True
 
 
 def document_is_val(text, val_fraction):
@@ -183,19 +191,20 @@ def pieces(sources, val_fraction, report):
 # -----------------------------------------------------------------------------
 # Tokenizers: tiktoken encodings whose last id is end-of-text.
 
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"     # GPT-2's words
+# GPT-2's words: BPE never joins across them
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def train_bpe(words, n_tokens):
-    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): a list of n_tokens tokens, bytes objects.
+    """Byte-pair encoding (Sennrich et al. 2016; on bytes, as in GPT-2): n_tokens tokens, a list of bytes objects.
 
-    words: {word, a bytes object: how often it occurs}. Start from the 256 bytes; again and again, the most
-    frequent pair of neighbouring tokens becomes a new token (of equally frequent ones, the pair with the smallest
-    ids). Counts are updated where the pair occurs; a heap entry may be out of date, which is seen when it is popped.
+    words: {word as bytes: how often it occurs}. Start from the 256 bytes; again and again, the most frequent pair of
+    neighbouring tokens becomes a new token (of equally frequent ones, the pair with the smallest ids). Counts are
+    updated where the pair occurs. A heap entry may be out of date, which shows when it is popped.
     """
     tokens = [bytes([b]) for b in range(256)]
     words = [(list(word), n) for word, n in words.items()]
-    counts, where = Counter(), defaultdict(set)             # of each pair: frequency, indices of words that had it
+    counts, where = Counter(), defaultdict(set)              # of a pair: frequency, words that had it
     for i, (word, n) in enumerate(words):
         for pair in zip(word, word[1:]):
             counts[pair] += n
@@ -233,10 +242,10 @@ def train_bpe(words, n_tokens):
 
 
 def make_tokenizer(name, sources, val_fraction):
-    """The tokenizer "gpt2", "bytes" or "bpe:N" as JSON, see `build_encoding`; bpe:N, N ids in all, is trained.
+    """The tokenizer "gpt2", "bytes" or "bpe:N" as JSON, see `build_encoding`. bpe:N, N ids in all, is trained.
 
-    It learns from documents of the training split at the beginning of each source, an equal share of BPE_SAMPLE
-    each. A word counts with its first 256 bytes at most.
+    It learns from the beginning of each source, BPE_SAMPLE characters in equal shares, documents of the training
+    split only, and from at most 256 bytes of a word.
     """
     if not name.startswith("bpe:"):
         return {"name": name}
@@ -256,17 +265,17 @@ def make_tokenizer(name, sources, val_fraction):
 
 
 def build_encoding(spec):
-    """The tiktoken.Encoding of {"name": "gpt2" or "bytes"} or {"name", "pattern", "tokens": bytes as latin-1}."""
+    """The tiktoken.Encoding of {"name": "gpt2" or "bytes"} or {"name", "pattern", "tokens": latin-1 strings}."""
     if spec["name"] == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:                          # of requests, or a damaged file in tiktoken's cache
-            raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}): tiktoken downloads it once; "
-                            "offline, set TIKTOKEN_CACHE_DIR to a copy of its cache") from None
+        except Exception as error:                          # whatever requests raises
+            raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}). It is downloaded once; "
+                            "offline, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache") from None
     tokens = [token.encode("latin-1") for token in spec.get("tokens", map(chr, range(256)))]
-    return tiktoken.Encoding(spec["name"], pat_str=spec.get("pattern", PATTERN), explicit_n_vocab=len(tokens) + 1,
-                             mergeable_ranks={token: i for i, token in enumerate(tokens)},
-                             special_tokens={"<|endoftext|>": len(tokens)})
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding(spec["name"], pat_str=spec.get("pattern", PATTERN), mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)}, explicit_n_vocab=len(tokens) + 1)
 
 
 def save_tokenizer(spec, folder):
@@ -295,7 +304,7 @@ def token_bytes(encoding):
 # Shards
 
 def encode(pieces, encoding):
-    """Encode (split, text, last) on all cores: yield (split, ids uint32, bytes of text, last) in the same order.
+    """Encode (split, text, last) on all cores: yield (split, ids uint32, bytes of text, last), in the same order.
 
     Threads, as tiktoken works outside of Python's lock. Text that looks like a special token is text.
     """
@@ -303,7 +312,9 @@ def encode(pieces, encoding):
         out = []
         for split, text, last in group:
             ids = encoding.encode_to_numpy(text, disallowed_special=())
-            out.append((split, np.append(ids, np.uint32(encoding.eot_token)) if last else ids, len(text.encode()), last))
+            if last:
+                ids = np.append(ids, np.uint32(encoding.eot_token))
+            out.append((split, ids, len(text.encode()), last))
         return out
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -315,14 +326,14 @@ def encode(pieces, encoding):
             if size >= PIECE:                               # a thread gets many small documents at once
                 running.append(pool.submit(work, group))
                 group, size = [], 0
-            if len(running) > 2 * threads:
+            if len(running) > 2 * threads:                  # bounds the memory
                 yield from running.popleft().result()
         for future in [*running, pool.submit(work, group)]:
             yield from future.result()
 
 
 class ShardWriter:
-    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ... of shard_tokens each; `shards` lists the complete ones."""
+    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ..., shard_tokens in each; `shards` lists what is complete."""
 
     def __init__(self, folder, split, dtype, shard_tokens):
         self.prefix, self.dtype, self.shard_tokens = os.path.join(folder, split), np.dtype(dtype), shard_tokens
@@ -340,7 +351,7 @@ class ShardWriter:
                 self.close()
 
     def write_header(self):
-        """numpy pads it to the same length whatever the number of tokens, so it can be written again at the end."""
+        """Its length does not depend on the number of tokens (numpy pads it): it is written again at the end."""
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.tokens,)}
         self.file.seek(0)
         np.lib.format.write_array_header_1_0(self.file, header)
@@ -355,3 +366,249 @@ class ShardWriter:
             os.replace(self.file.name, path)
             self.shards.append({"file": os.path.basename(path), "tokens": self.tokens, "sha256": digest})
             self.file = None
+
+
+def flush_and_close(file):
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def write_json(path, value):
+    file = open(f"{path}.tmp", "w")
+    json.dump(value, file, indent=1)
+    flush_and_close(file)
+    os.replace(file.name, path)
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, shard_tokens=SHARD_TOKENS,
+            data_dir=DATA_DIR, base_url=PILE_URL, overwrite=False):
+    """Make the dataset data_dir/name, unless it is there, and return its meta.json. Raises DataError.
+
+    name: "stdlib"; "pile" with `shards`, a list of numbers; or any other with `files`, a list of paths.
+    tokenizer: "gpt2", "bytes" or "bpe:N"; None is bpe:2048 for stdlib, else gpt2. val_fraction: of documents.
+    """
+    folder = os.path.join(data_dir, name)
+    files = [str(file) for file in files or []]
+    urls = [f"{base_url}/{shard:02d}.jsonl.zst" for shard in shards or []]
+    wanted = {"name": name, "sources": files or urls or [STDLIB],
+              "tokenizer": tokenizer or ("bpe:2048" if name == "stdlib" else "gpt2"),
+              "val_fraction": VAL_FRACTION.get(name, 0.01) if val_fraction is None else val_fraction,
+              "shard_tokens": shard_tokens}
+    check_arguments(wanted, files, urls)
+    if os.path.exists(os.path.join(folder, "meta.json")) and not overwrite:
+        meta, _ = load(name, data_dir)
+        changed = [key for key in wanted if meta.get(key) != wanted[key]]
+        if changed:
+            raise DataError(f"{folder} is there already, made with other {', '.join(changed)}: --overwrite replaces it")
+        print(f"{folder} is there already")
+        return meta
+    os.makedirs(folder, exist_ok=True)
+    for old in [Path(folder, "meta.json"), *Path(folder).glob("train_*.npy"), *Path(folder).glob("val_*.npy")]:
+        old.unlink(missing_ok=True)
+    downloads = [os.path.join(folder, os.path.basename(url)) for url in urls]
+    for url, path in zip(urls, downloads):
+        fetch(url, path)
+    meta = write_dataset(folder, downloads or wanted["sources"], wanted)
+    for split, total in meta["splits"].items():
+        print("{}: {} {documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(folder, split, **total))
+    return meta
+
+
+def check_arguments(wanted, files, urls):
+    """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
+    name, bpe_size = wanted["name"], re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
+    for wrong, message in [
+        (bool(urls) != (name == "pile"), "dataset pile needs --shards, and no other has any"),
+        (bool(files) != (name not in ("stdlib", "pile")), f"dataset {name}: stdlib and pile take no --files, others do"),
+        (not bpe_size or int(bpe_size[1] or 257) < 257, "the tokenizer is gpt2, bytes or bpe:N with N >= 257"),
+        (not 0 < wanted["val_fraction"] < 1, "val_fraction must be between 0 and 1"),
+        (wanted["shard_tokens"] < 1, "shard_tokens must be at least 1"),
+        *((not os.path.isfile(file), f"{file} does not exist") for file in files),
+        *((not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", file), f"{file} is no .jsonl or .txt, nor one with .gz or .zst")
+          for file in files),
+        *((os.path.isfile(file) and os.path.getsize(file) == 0, f"{file} is empty") for file in files),
+    ]:
+        if wrong:
+            raise DataError(message)
+
+
+def write_dataset(folder, sources, wanted):
+    """Tokenize the sources; returns meta.json, which is `wanted` and what is known at the end."""
+    spec = make_tokenizer(wanted["tokenizer"], sources, wanted["val_fraction"])
+    save_tokenizer(spec, folder)
+    encoding = build_encoding(spec)
+    dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
+    writers = {split: ShardWriter(folder, split, dtype, wanted["shard_tokens"]) for split in ("train", "val")}
+    totals = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in writers}
+    skipped = []
+
+    def report(error):
+        skipped.append(None)
+        if len(skipped) <= 5:
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+
+    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
+        for split, ids, size, last in encode(pieces(sources, wanted["val_fraction"], report), encoding):
+            writers[split].write(ids)
+            for key, n in [("tokens", len(ids)), ("bytes", size), ("documents", int(last))]:
+                totals[split][key] += n
+            bar.update(size)
+    if skipped:
+        print(f"skipped {len(skipped)} in all", file=sys.stderr)
+    for split, total in totals.items():
+        writers[split].close()
+        total["shards"] = writers[split].shards
+        if not total["documents"]:
+            raise DataError(f"no document is in the {split} split: add more, or change --val_fraction "
+                            f"({wanted['val_fraction']})")
+    meta = {**wanted, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype,
+            "skipped": len(skipped), "splits": totals}
+    write_json(os.path.join(folder, "meta.json"), meta)
+    return meta
+
+# -----------------------------------------------------------------------------
+# Windows
+
+def load(name, data_dir=DATA_DIR, full=False):
+    """A dataset as (meta.json, {"train": [ids of each shard, memory-mapped], "val": [...]}).
+
+    Raises DataError for a dataset or shard that is missing, cut short or not the one that meta.json lists, and for
+    an id beyond the vocabulary in the first SCAN tokens of a shard; full: in all of them, and for a wrong sha256.
+    """
+    folder = os.path.join(data_dir, name)
+    try:
+        with open(os.path.join(folder, "meta.json")) as file:
+            meta = json.load(file)
+        dtype, vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
+        listed = [(split, os.path.join(folder, shard["file"]), shard["tokens"], shard["sha256"])
+                  for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
+    except FileNotFoundError:
+        raise DataError(f"there is no dataset {folder}: make it with python data.py --dataset {name}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}/meta.json is damaged ({error!r}): make the dataset again, with --overwrite") from None
+    splits = {"train": [], "val": []}
+    for split, path, tokens, sha256 in listed:
+        try:
+            ids = np.load(path, mmap_mode="r")
+            if ids.dtype != dtype or ids.shape != (tokens,):
+                raise ValueError(f"it holds {ids.dtype} {ids.shape}, not {dtype} ({tokens},)")
+            if max(ids[i:i + SCAN].max() for i in range(0, tokens if full else 1, SCAN)) >= vocab_size:
+                raise ValueError(f"it holds an id beyond the vocabulary of {vocab_size}")
+            if full and file_sha256(path) != sha256:
+                raise ValueError("its sha256 is wrong")
+        except (OSError, ValueError, EOFError) as error:
+            reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+            raise DataError(f"{path} is not the shard in meta.json, {reason}: make the dataset again, "
+                            "with --overwrite") from None
+        splits[split].append(ids)
+    return meta, splits
+
+
+def check_window(shards, span):
+    """(shards,) how many windows of `span` tokens begin in each shard. Raises DataError if there are none."""
+    starts = np.array([max(0, len(ids) - span + 1) for ids in shards])
+    if not starts.any():
+        longest = max(map(len, shards), default=0)
+        raise DataError(f"a window of {span} tokens is longer than the corpus ({longest} tokens in the longest shard): "
+                        "take more text or a smaller block_size")
+    return starts
+
+
+def windows(shards, span, u):
+    """Windows of consecutive tokens: shards, a list of (n,) ids; u (B,) float64 in [0, 1) -> (B, span) int64.
+
+    Of all W windows that lie within one shard, row i is number floor(u[i] * W): uniform if u is.
+    """
+    starts = check_window(shards, span)
+    ends = starts.cumsum()                                                          # W = ends[-1]
+    number = (u * ends[-1]).astype(np.int64)                                        # (B,)
+    shard = np.searchsorted(ends, number, side="right")                             # (B,)
+    first = number - (ends - starts)[shard]                                         # (B,) place in the shard
+    return np.stack([shards[s][i:i + span] for s, i in zip(shard, first)]).astype(np.int64)
+
+# -----------------------------------------------------------------------------
+# Download
+
+def fetch(url, path, sha256=None, size=None):
+    """Download url to path, unless that exists. What arrives is kept in path.part, from where a rerun goes on.
+
+    The length that the server names is checked, and size (bytes) and sha256 (hexadecimal) if given. Raises DataError.
+    """
+    if os.path.exists(path):
+        return
+    part = f"{path}.part"
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    headers = {"User-Agent": "Mozilla/5.0", **({"Range": f"bytes={have}-"} if have else {})}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
+            have = have if response.status == 206 else 0    # else the server sends all of it
+            length = response.headers["Content-Length"]
+            total = have + int(length) if length else size
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    desc=os.path.basename(path), initial=have, total=total, unit="B", unit_scale=True, disable=None) as bar:
+                while chunk := response.read(2 ** 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                flush_and_close(file)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:                               # nothing there to go on with: the part is no use
+            os.remove(part)
+            return fetch(url, path, sha256, size)
+        raise DataError(f"{url}: HTTP {error.code} {error.reason}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DataError(f"{url}: {getattr(error, 'reason', error)}; run the same command again to go on") from None
+    got = os.path.getsize(part)
+    if total is not None and got < total:
+        raise DataError(f"{url}: broke off after {got} of {total} bytes; run the same command again to go on")
+    if size not in (None, got) or sha256 not in (None, file_sha256(part)):
+        os.remove(part)
+        raise DataError(f"{url}: not the expected file, its size ({got} bytes) or sha256 is another; it was removed")
+    os.replace(part, path)
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def build_parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--dataset", default="stdlib", metavar="NAME", help="stdlib, pile, or a name for your --files")
+    p.add_argument("--files", nargs="+", metavar="FILE", help=".jsonl (one document a line, in the field text) or "
+                   ".txt (one document a file), maybe with .gz or .zst")
+    p.add_argument("--shards", nargs="+", type=int, metavar="N", help="pile: the parts to download, 0 to 29")
+    p.add_argument("--base_url", default=PILE_URL, help="pile: where the parts are")
+    p.add_argument("--tokenizer", metavar="T", help="gpt2, bytes, or bpe:N (N tokens, trained on the text); "
+                   "by default bpe:2048 for stdlib, else gpt2")
+    p.add_argument("--val_fraction", type=float, metavar="F", help="fraction of the documents that is for validation; "
+                   "by default " + ", ".join(f"{f} for {name}" for name, f in VAL_FRACTION.items()) + ", else 0.01")
+    p.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per .npy file")
+    p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets")
+    p.add_argument("--overwrite", action="store_true", help="replace the dataset if it is there")
+    p.add_argument("--check", action="store_true", help="only verify the dataset: sha256 and every id")
+    return p
+
+
+def main(argv=None):
+    args = vars(build_parser().parse_args(argv))
+    name, only_check = args.pop("dataset"), args.pop("check")
+    try:
+        if only_check:
+            load(name, args["data_dir"], full=True)
+            print(f"{os.path.join(args['data_dir'], name)}: every shard is as it was made")
+        else:
+            prepare(name, **args)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

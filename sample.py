@@ -163,7 +163,7 @@ def build_parser():
 
 
 def infill_ids(text, encoding, config, gap_tokens):
-    """Token ids of a text, gap_tokens mask tokens for every run of 4 or more underscores (so not __init__)."""
+    """Token ids of a text, gap_tokens mask tokens for each run of 4 or more underscores (not __init__)."""
     first, *rest = [encoding.encode_ordinary(piece) for piece in re.split("_{4,}", text)]
     if config.causal:
         raise ValueError("infill needs a masked model (mlm, vlm); a causal one cannot see beyond a gap")

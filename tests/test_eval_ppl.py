@@ -1,0 +1,454 @@
+"""
+eval_ppl.py against explicit loops, enumeration of all texts and all orders, and its command line. CPU, no network.
+
+    pytest tests/test_eval_ppl.py
+"""
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval_ppl
+from model import Config, Transformer, save_checkpoint, save_config
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MASKED = {"objective": "mlm", "mask_ratio": 0.4, "mask_range": [0.15, 1.0]}
+TEXT = "The quick brown fox  jumps\nover the lazy dog. Perplexit\u00e9s et \u4e2d\u6587 words, again and again.\n" * 8
+
+
+def tiny(causal, vocab_size=3, block_size=4):
+    """A random model whose output depends on its whole input, and whose embedding favours mask and padded ids."""
+    torch.manual_seed(4)
+    model = Transformer(Config(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16, causal=causal)).eval()
+    with torch.no_grad():
+        model.wte.weight.mul_(25)
+        model.wte.weight[vocab_size:] *= 10         # were these ids not excluded, they would have most of the mass
+        for block in model.blocks:
+            block.attn.c_proj.weight.normal_(std=0.7)
+            block.mlp.c_proj.weight.normal_(std=0.7)
+    return model
+
+
+def options(**given):
+    return SimpleNamespace(**{"method": "left-to-right", "suffix": "full", "samples": 8, "batch_size": 64,
+                              "prompt_lengths": None, **given})
+
+
+@torch.no_grad()
+def measure(model, x, train=MASKED, **given):
+    return eval_ppl.evaluate(model, torch.as_tensor(x), train, options(**given))
+
+
+@torch.no_grad()
+def probability(model, inputs, position, token):
+    """P(token at position | inputs), from a softmax over the real vocabulary in float64, one sequence at a time."""
+    logits = model.features(torch.tensor([inputs]))[0, position] @ model.wte.weight.T
+    return logits[:model.config.vocab_size].double().softmax(0)[token].item()
+
+
+def all_texts(model):
+    c = model.config
+    return torch.tensor(list(itertools.product(range(c.vocab_size), repeat=c.block_size)))
+
+
+def random_text(n, model):
+    c = model.config
+    return torch.randint(c.vocab_size, (n, c.block_size), generator=torch.Generator().manual_seed(1))
+
+# -----------------------------------------------------------------------------
+# Left to right
+
+def test_causal_is_the_loop_over_prefixes():
+    model = tiny(causal=True, vocab_size=7, block_size=9)
+    x = random_text(5, model)
+    result = measure(model, x, prompt_lengths=list(range(1, 9)))
+    want = np.array([[-math.log(probability(model, row[:k], k - 1, row[k])) for k in range(1, 9)] for row in x.tolist()])
+    for k in range(1, 9):
+        np.testing.assert_allclose(result[k], want[:, k - 1], rtol=1e-4)
+    np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("suffix, masks_after", [("full", lambda k: 9 - k), ("one", lambda k: 1),
+                                                 ("matched", lambda k: min(9 - k, 4))])     # round(0.4 * 9) = 4
+def test_masked_left_to_right_is_the_loop_over_prompts(suffix, masks_after):
+    model = tiny(causal=False, vocab_size=7, block_size=9)
+    x = random_text(5, model)
+    result = measure(model, x, suffix=suffix, samples=100, prompt_lengths=[1, 4, 7, 8])
+    want = np.array([[-math.log(probability(model, row[:k] + [7] * masks_after(k), k, row[k])) for k in range(1, 9)]
+                     for row in x.tolist()])
+    for k in (1, 4, 7, 8):
+        np.testing.assert_allclose(result[k], want[:, k - 1], rtol=1e-4)
+    np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)      # samples >= T - 1: every length once
+
+
+def test_matched_takes_the_masks_of_the_objective():
+    """vlm was trained with up to mask_range[1] * T masks: with the default range `matched` is `full`, with less not."""
+    model = tiny(causal=False, vocab_size=7, block_size=9)
+    x = random_text(5, model)
+    vlm = {**MASKED, "objective": "vlm"}
+    full = measure(model, x, prompt_lengths=[2])[2]
+    assert (measure(model, x, vlm, suffix="matched", prompt_lengths=[2])[2] == full).all()
+    narrow = measure(model, x, {**vlm, "mask_range": [0.1, 0.4]}, suffix="matched", prompt_lengths=[2])[2]
+    np.testing.assert_array_equal(narrow, measure(model, x, suffix="matched", prompt_lengths=[2])[2])
+    assert abs(narrow - full).min() > 1e-3
+
+
+@pytest.mark.parametrize("causal, suffix", [(True, "full"), (False, "full"), (False, "one"), (False, "matched")])
+def test_left_to_right_probabilities_of_all_texts_sum_to_one(causal, suffix):
+    """Given the first token; so padded ids and the mask token, which this model favours, have no probability."""
+    model = tiny(causal)
+    x = all_texts(model)
+    result = measure(model, x, suffix=suffix, samples=100)
+    total = np.exp(-3 * result["all"]).reshape(3, -1).sum(axis=1)               # T - 1 = 3 scored tokens
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_default_prompt_lengths():
+    result = measure(tiny(causal=True, block_size=21), torch.zeros(1, 21, dtype=torch.long))
+    assert list(result) == ["all", 1, 2, 4, 8, 16, 20]
+
+
+def test_sampled_prompt_lengths_estimate_the_mean_over_all():
+    model = tiny(causal=False, vocab_size=7, block_size=24)
+    x = random_text(300, model)
+    exact, estimate = (measure(model, x, samples=s, prompt_lengths=[1])["all"] for s in (23, 4))
+    assert (exact != estimate).mean() > 0.9
+    error = (estimate - exact).mean() / ((estimate - exact).std() / 300 ** 0.5)
+    assert abs(error) < 4
+
+
+def test_grid_is_even_and_complete():
+    for n, samples, levels in [(500, 3, 127), (200, 8, 10), (50, 5, 5), (4, 99, 7)]:
+        grid = eval_ppl.grid(n, samples, levels)
+        S = min(samples, levels)
+        assert grid.shape == (n, S) and grid.min() >= 0 and grid.max() < levels
+        assert (np.floor(grid * S / levels + S / levels - 1e-9) >= np.arange(S)).all()
+        assert (np.floor(grid * S / levels) <= np.arange(S)).all()             # one number in each of S equal parts
+        counts = np.bincount(grid.ravel(), minlength=levels)
+        assert abs(counts - n * S / levels).max() <= 4                          # the golden-ratio lattice spreads them
+        if S == levels:
+            assert (grid == np.arange(S)).all()
+
+
+def test_no_pass_is_done_twice_and_none_is_longer_than_needed():
+    model = tiny(causal=False, vocab_size=7, block_size=9)
+    seen, features = [], model.features
+    def counted(inputs, valid=None):
+        seen.append(inputs.numel() if valid is None else int(valid.sum()))
+        return features(inputs, valid)
+    model.features = counted
+    x = random_text(5, model)
+    measure(model, x, suffix="one", samples=8, prompt_lengths=[1, 4, 8])
+    assert sum(seen) == 5 * sum(k + 1 for k in range(1, 9))
+
+# -----------------------------------------------------------------------------
+# Bound, pseudo, confidence
+
+def order_probabilities(model, x):
+    """For every order, -log of the probability that it writes x; (T!,)."""
+    mask, T = model.config.mask_token, len(x)
+    P = {visible: [probability(model, [x[i] if i in visible else mask for i in range(T)], j, x[j]) for j in range(T)]
+         for r in range(T) for visible in itertools.combinations(range(T), r)}
+    return np.array([-sum(math.log(P[tuple(sorted(order[:i]))][order[i]]) for i in range(T))
+                     for order in itertools.permutations(range(T))])
+
+
+def test_bound_is_above_the_likelihood_and_hits_its_enumerated_value():
+    """-log of the mixture over all 24 orders <= bound = mean over the orders; the estimate agrees within 4 s.e."""
+    model = tiny(causal=False)
+    for x in ([0, 1, 2, 0], [2, 2, 1, 0]):
+        losses = order_probabilities(model, x)
+        true, enumerated = -np.log(np.exp(-losses).mean()), losses.mean()
+        estimates = 4 * measure(model, [x] * 1500, method="bound", samples=2)["all"]
+        se = estimates.std() / 1500 ** 0.5
+        assert abs(estimates.mean() - enumerated) < 4 * se
+        assert enumerated - true > 8 * se and estimates.mean() > true
+
+
+def test_confidence_is_the_loop_and_a_likelihood():
+    model = tiny(causal=False)
+    x = all_texts(model)
+    result = measure(model, x, method="confidence")["all"]
+    np.testing.assert_allclose(np.exp(-4 * result).sum(), 1, atol=1e-5)
+    for row, got in list(zip(x.tolist(), result))[::7]:
+        inputs, total = [3] * 4, 0
+        while 3 in inputs:
+            hidden = [i for i in range(4) if inputs[i] == 3]
+            j = max(hidden, key=lambda i: max(probability(model, inputs, i, v) for v in range(3)))
+            total -= math.log(probability(model, inputs, j, row[j]))
+            inputs[j] = row[j]
+        assert got == pytest.approx(total / 4, rel=1e-4)
+
+
+def test_pseudo_is_the_loop_over_single_masks_and_no_likelihood():
+    model = tiny(causal=False)
+    x = all_texts(model)
+    result = measure(model, x, method="pseudo")["all"]
+    for row, got in list(zip(x.tolist(), result))[::7]:
+        want = [-math.log(probability(model, row[:j] + [3] + row[j + 1:], j, row[j])) for j in range(4)]
+        assert got == pytest.approx(np.mean(want), rel=1e-4)
+    assert abs(np.exp(-4 * result).sum() - 1) > 0.01
+
+
+@pytest.mark.parametrize("given", [{"method": m} for m in ("left-to-right", "bound", "pseudo", "confidence")]
+                         + [{"suffix": "one"}, {"suffix": "matched"}, {"causal": True}])
+def test_batches_do_not_matter(given, monkeypatch):
+    """Neither the sequences of a pass nor the positions that the head is applied to at once."""
+    given = dict(given)
+    model = tiny(given.pop("causal", False), vocab_size=9, block_size=11)
+    x = random_text(13, model)
+    want = measure(model, x, batch_size=64, **given)
+    monkeypatch.setattr(eval_ppl, "LOGITS_LIMIT", 3 * 64)
+    for batch_size in (1, 5):
+        got = measure(model, x, batch_size=batch_size, **given)
+        for key in want:
+            np.testing.assert_allclose(got[key], want[key], rtol=1e-4, atol=1e-6)
+
+# -----------------------------------------------------------------------------
+# Text, units
+
+def bytes_encoding(folder):
+    data.save_tokenizer("bytes", str(folder))
+    return data.load_tokenizer(str(folder))
+
+
+def test_windows_cover_the_text_once_and_thin_out_evenly():
+    streams = [np.arange(100, 123), np.arange(200, 204), np.arange(300, 310)]
+    x = eval_ppl.cut_windows(streams, 5, 0, 99)
+    assert x[:, 1:].ravel().tolist() == [*range(100, 120), *range(300, 310)]
+    assert x[:, 0].tolist() == [99, 104, 109, 114, 99, 304]
+    assert eval_ppl.cut_windows(streams, 5, 3, 99)[:, 1].tolist() == [105, 115, 305]
+    assert eval_ppl.cut_windows([np.arange(30, dtype=np.uint16)], 5, 1, 99).dtype == np.int64
+    with pytest.raises(ValueError, match="4 tokens, less than one window of 5"):
+        eval_ppl.cut_windows(streams[1:2], 5, 0, 99)
+
+
+def test_bytes_and_words_are_those_of_the_text(tmp_path):
+    encoding = bytes_encoding(tmp_path)
+    ids = encoding.encode_ordinary(TEXT)
+    for T in (2, 7, 64):
+        n = len(ids) // T
+        x = eval_ppl.cut_windows([np.array(ids)], T, 0, encoding.eot_token)
+        text = TEXT.encode()[:n * T]
+        assert eval_ppl.text_size(x, T, encoding) == (n * T, len(text.split()))
+    eot = encoding.eot_token
+    assert eval_ppl.text_size(np.array([[97, 97, eot, 97, 32, 97]]), 5, encoding) == (4, 2)     # a|a<eot>a a
+
+
+def test_summary_in_all_units():
+    loss = np.array([1.0, 2.0, 4.0])
+    r = eval_ppl.summary(loss, per_byte=0.25, per_word=1.5)
+    mean, se = 7 / 3, np.std(loss, ddof=1) / 3 ** 0.5
+    assert r["nats_per_token"] == pytest.approx(mean) and r["nats_per_token_se"] == pytest.approx(se)
+    assert r["perplexity"] == pytest.approx(math.exp(mean))
+    assert r["perplexity_se"] == pytest.approx(math.exp(mean) * se)
+    assert r["bits_per_byte"] == pytest.approx(mean / math.log(2) / 4)
+    assert r["bits_per_byte_se"] == pytest.approx(se / math.log(2) / 4)
+    assert r["word_perplexity"] == pytest.approx(math.exp(1.5 * mean))
+    assert r["word_perplexity_se"] == pytest.approx(math.exp(1.5 * mean) * 1.5 * se)
+    assert eval_ppl.summary(loss[:1], 1, 1)["perplexity_se"] is None
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def checkpoint(folder, causal=False, objective="mlm", **train):
+    """A random model over bytes with windows of 32 tokens, as train.py would leave it."""
+    os.makedirs(folder)
+    torch.manual_seed(0)
+    config = Config(257, 32, n_layer=1, n_head=2, n_embd=16, causal=causal)
+    save_config(folder, config, train={**MASKED, "objective": objective, "lookahead": 2, "dataset": "toy", **train})
+    save_checkpoint(folder, Transformer(config), [], step=7)
+    data.save_tokenizer("bytes", folder)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty working directory with a text and a causal and a masked checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_bytes(TEXT.encode())
+    checkpoint("out/dar", causal=True, objective="dar")
+    checkpoint("out/mlm")
+    return tmp_path
+
+
+def test_run_as_a_script(work):
+    command = ["eval_ppl.py", "--checkpoint", "out/dar", "out/mlm", "--text", "t.txt", "--max_windows", "6"]
+    done = subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:]], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "batch" in done.stderr                                            # the progress bar
+    lines = done.stdout.splitlines()
+    assert "dar: of the next 2, scored as if it were the next one" in lines[0]
+    assert "masks up to block_size" in lines[1]
+    table = lines[next(i for i, line in enumerate(lines) if line.split() == ["dar", "mlm"]):]
+    assert [line.split()[2] for line in table[1:7]] == ["1", "2", "4", "8", "16", "31"]
+    for name, column in [("dar", 0), ("mlm", 1)]:
+        with open(f"out/{name}/eval_ppl_t_left-to-right.json") as file:
+            report = json.load(file)
+        assert report["command"] == "python " + " ".join(command)
+        assert (report["step"], report["windows"], report["tokens"], report["bytes"]) == (7, 6, 6 * 31, 6 * 31)
+        r = report["all"]
+        assert r["nats_per_token"] == pytest.approx(math.log(257), abs=0.3)     # an untrained model is near uniform
+        assert r["bits_per_byte"] == pytest.approx(r["nats_per_token"] / math.log(2))
+        assert set(report["prompt_lengths"]) == {"1", "2", "4", "8", "16", "31"}
+        cell = table[1].split("after 1")[1].split("  ")
+        assert f"{report['prompt_lengths']['1']['perplexity']:.1f}" in [c for c in cell if c.strip()][column]
+
+
+@pytest.mark.parametrize("method", ["bound", "pseudo", "confidence"])
+def test_causal_models_are_refused_in_one_line(work, capsys, method):
+    with pytest.raises(SystemExit) as stop:
+        eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--method", method])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.startswith("error: out/dar is causal") and err.count("\n") == 1
+    assert not [name for name in os.listdir("out/mlm") if name.startswith("eval")]
+    eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--method", method, "--max_windows", "2"])
+    assert os.path.exists(f"out/mlm/eval_ppl_t_{method}.json")
+    assert ("NOT a likelihood" in capsys.readouterr().out) == (method == "pseudo")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--text", "none.txt"], "none.txt"),
+    (["--text", "latin.txt"], "latin.txt is not UTF-8 text: byte 3"),
+    (["--text", "short.txt"], "less than one window of 32"),
+    (["--text", "t.txt", "--prompt_lengths", "4", "32"], "must fit into block_size 32"),
+    (["--text", "t.txt", "--prompt_lengths", "0"], "at least 1"),
+    (["--text", "t.txt", "--samples", "0"], "at least 1"),
+    (["--text", "t.txt", "--device", "cuda:77"], "not available"),
+    (["--text", "t.txt", "--method", "bound", "--plot"], "--plot needs"),
+    (["--val"], "toy"),
+    (["--val", "--checkpoint", "out/mlm", "out/other"], "one and the same dataset"),
+    (["--text", "t.txt", "--checkpoint", "out/nothing"], "holds no checkpoint")])
+def test_bad_input_is_refused_in_one_line(work, capsys, flags, message):
+    (work / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (work / "short.txt").write_text("short")
+    checkpoint("out/other", dataset="other")
+    with pytest.raises(SystemExit) as stop:
+        eval_ppl.main([*(["--checkpoint", "out/mlm"] if "--checkpoint" not in flags else []), *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_val_is_the_validation_split(work, capsys):
+    """Of the dataset that the checkpoint names, in its data_dir; refused if that has another tokenizer by now."""
+    for i in range(40):
+        (work / f"{i}.txt").write_text(f"Document {i}. " + "a b c d e " * 10)
+    data.prepare("toy", files=[f"{i}.txt" for i in range(40)], tokenizer="bytes", val_fraction=0.3, data_dir="sets")
+    checkpoint("out/vlm", objective="vlm", data_dir="sets")
+    eval_ppl.main(["--checkpoint", "out/vlm", "--val", "--max_windows", "0"])
+    with open("out/vlm/eval_ppl_val_left-to-right.json") as file:
+        report = json.load(file)
+    _, splits = data.load("toy", "sets")
+    rows = np.concatenate([np.asarray(ids)[:len(ids) // 32 * 32].reshape(-1, 32) for ids in splits["val"]])
+    assert report["windows"] == len(rows) > 3
+    assert report["bytes"] == (rows[:, 1:] != 256).sum()
+    capsys.readouterr()
+    data.save_tokenizer("gpt2", "sets/toy")
+    with pytest.raises(SystemExit):
+        eval_ppl.main(["--checkpoint", "out/vlm", "--val"])
+    assert "has another tokenizer" in capsys.readouterr().err
+
+
+def test_suffixes_do_not_overwrite_each_other(work, capsys):
+    for suffix in ("full", "one", "matched"):
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--suffix", suffix, "--max_windows", "3"])
+    names = {name for name in os.listdir("out/mlm") if name.startswith("eval")}
+    assert names == {f"eval_ppl_t_left-to-right{ending}.json" for ending in ("", "-one", "-matched")}
+
+
+def test_plot(work, capsys):
+    pytest.importorskip("matplotlib")
+    eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3", "--plot", "p.png"])
+    assert (work / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_is_refused_before_the_work(work, capsys, monkeypatch):
+    monkeypatch.setattr(eval_ppl.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--plot", "p.png"])
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# WikiText-2, from a server on this machine
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """serve(content, status=200, sha256=None): the address of WikiText-2 now answers with that."""
+    servers = []
+    def start(content, status=200, cut=None, sha256=None):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                begin = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+                self.send_response(206 if begin and status == 200 else status)
+                self.send_header("Content-Length", str(len(content) - begin))
+                self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+                self.end_headers()
+                self.wfile.write(content[begin:cut])
+            def log_message(self, *args):
+                pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        monkeypatch.setattr(eval_ppl, "WIKITEXT_URL", f"http://127.0.0.1:{server.server_address[1]}/wikitext.zip")
+        monkeypatch.setattr(eval_ppl, "WIKITEXT_SHA256", sha256 or hashlib.sha256(content).hexdigest())
+        monkeypatch.setattr(eval_ppl, "WIKITEXT_TEST_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def archive(path, members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path.read_bytes()
+
+
+GOOD = {"wikitext-2-raw/wiki.test.raw": TEXT, "wikitext-2-raw/wiki.train.raw": "train"}
+
+
+def test_wikitext_is_downloaded_once_and_checked(work, serve, capsys):
+    serve(archive(work / "a.zip", GOOD))
+    command = ["--checkpoint", "out/dar", "--max_windows", "3"]
+    eval_ppl.main(command)
+    folder = work / "data" / "wikitext-2"
+    assert (folder / "wiki.test.raw").read_text() == TEXT and os.listdir(folder) == ["wiki.test.raw"]
+    serve(b"", status=404)                                                  # no longer asked
+    eval_ppl.main(command)
+    assert os.path.exists("out/dar/eval_ppl_wikitext-2_left-to-right.json")
+    capsys.readouterr()
+    (folder / "wiki.test.raw").write_text(TEXT + "changed")
+    with pytest.raises(SystemExit):
+        eval_ppl.main(command)
+    assert "is not the official file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["403", "truncated", "checksum", "climbs", "absolute", "windows", "no zip", "empty zip"])
+def test_bad_downloads_are_refused_in_one_line(work, serve, capsys, what):
+    names = {"climbs": "a/../../wiki.test.raw", "absolute": "/tmp/wiki.test.raw", "windows": "..\\wiki.test.raw"}
+    content = archive(work / "a.zip", {**GOOD, names[what]: "evil"} if what in names else GOOD)
+    content = {"no zip": b"not a zip" * 100, "empty zip": archive(work / "e.zip", {"other": "x"})}.get(what, content)
+    before = {path for path in work.rglob("*")}
+    serve(content, status=403 if what == "403" else 200, cut=-50 if what == "truncated" else None,
+          sha256="0" * 64 if what == "checksum" else None)
+    with pytest.raises(SystemExit) as stop:
+        eval_ppl.main(["--checkpoint", "out/dar"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    if what in names:
+        assert "leads out of its folder" in err
+    assert not [p for p in set(work.rglob("*")) - before if p.suffix == ".raw"]
