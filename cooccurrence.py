@@ -1,14 +1,14 @@
 """
-The theory of "Look Ahead or Look Around?" (Zhang et al., ICML 2024, arXiv 2407.00935), on a language of nine words.
+The theory of "Look Ahead or Look Around?" (Zhang et al., ICML 2024, arXiv 2407.00935), on a toy language.
 
-An objective is a distribution over (context, target) pairs. Its matrix A[c, y] = P(context c, target y), normalised
-to N = D1^-1/2 A D2^-1/2, is what pretraining factorises. Its singular values 1 = s_1 >= s_2 >= ... say how well the
-bipartite graph of contexts and targets is connected, and that bounds the error of a linear probe.
+An objective is a distribution over (context, target) pairs. Its matrix A[c, y] = P(context c, target y),
+normalised to N = D1^-1/2 A D2^-1/2, is what pretraining factorises. Its singular values 1 = s_1 >= s_2 >= ... say
+how well the bipartite graph of contexts and targets is connected, and that bounds the error of a linear probe.
 
-The paper's: this framework, Theorem 4.2 (masked singular values are smaller: more samples are connected), dar, and
-that a fixed mask ratio does not fit generation. Derived here, no quotation of its theorem, hypotheses or constants:
-every verdict and number below and every proposition in the tests. The default language was chosen, out of some
-twenty settings, because the ordering is clean there; settings in which the claim fails are printed beside it.
+The paper's: this framework, Theorem 4.2 (masked singular values are smaller, so more samples are connected), dar,
+and that a fixed mask ratio does not fit generation. Derived here, and no quotation of its theorem, hypotheses or
+constants: every verdict and number below and every proposition in the tests. The default language was chosen, out
+of some twenty settings, because the ordering is clean there; where the claim fails is printed beside it.
 
     python cooccurrence.py                          # six parts, no data needed, about 15 seconds
     python cooccurrence.py --part 3                 # one of them
@@ -33,8 +33,8 @@ import numpy as np
 def language(C=3, S=3, n=6, eps=0.1, rho=0.5):
     """Joint distribution of every text of n tokens and its topic, (V,)*n + (C,) float64, V = C*S.
 
-    Topic z ~ U(C). A token is one of the S synonyms of z, or with probability eps any of the V. But with probability
-    rho it is v+S+1 mod V after the token v: local structure (a collocation) that knows nothing of the topic.
+    Topic z ~ U(C). A token is one of the S synonyms of z, or with probability eps any of the V. With probability
+    rho, though, v is followed by v+S+1 mod V: local structure (a collocation) that knows nothing of the topic.
     """
     V = C * S
     emit = np.repeat(np.eye(C), S, axis=0) * (1 - eps) / S + eps / V                # (V, C) P(x | z)
@@ -53,7 +53,8 @@ def ar(n, lengths):
 
 def dar(n, lengths, t):
     """See the first k, predict one of the next t (of those that exist), uniformly."""
-    return [(tuple(range(k)), j, 1 / len(lengths) / min(t, n - k)) for k in lengths for j in range(k, min(k + t, n))]
+    return [(tuple(range(k)), j, 1 / len(lengths) / min(t, n - k))
+            for k in lengths for j in range(k, min(k + t, n))]
 
 
 def mlm(n, k):
@@ -76,21 +77,21 @@ def short_contexts():
 # The matrix and its spectrum
 
 def cooccurrence(P, pairs, ctx_pos=True, tgt="none"):
-    """A (R, V), A[c, y] = sum of w(S, j) P(x_S = c, x_j = y) over `pairs`; P (V,)*n is the distribution of texts.
+    """A (R, V), A[c, y] = sum of w(S, j) P(x_S = c, x_j = y) over `pairs`; P (V,)*n: distribution of texts.
 
-    Rows: set S after set S in the order of `pairs`, the tokens at S in lexicographic order. Two choices matter:
-    ctx_pos: a context shows which positions it has, as a masked input does; False: only its tokens, in order.
-    tgt: where the target's position lives. "none": forgotten, the target is a token. "col": part of the target,
+    Rows: set S after set S in the order of `pairs`, the tokens at S lexicographically. Two choices matter:
+    ctx_pos: a context shows which positions it has, as a masked input does. False: only its tokens, in order.
+    tgt: where the target's position lives. "none": forgotten, the target is a token. "col": in the target,
          A is (R, n*V). "row": the context says which position is asked for, as in a real Transformer.
     """
     n, together, blocks = P.ndim, {}, {}
     for S, j, weight in pairs:
         seen = tuple(sorted((*S, j)))
-        if seen not in together:                                                    # the same for every j in `seen`
+        if seen not in together:                                              # the same for every j in `seen`
             together[seen] = P.sum(axis=tuple(set(range(n)) - set(seen)))
-        block = weight * np.moveaxis(together[seen], seen.index(j), -1).reshape(-1, P.shape[j])     # (V^|S|, V)
+        block = weight * np.moveaxis(together[seen], seen.index(j), -1).reshape(-1, P.shape[j])   # (V^|S|, V)
         if tgt == "col":
-            block = np.kron(np.eye(n)[j], block)                                    # (V^|S|, n*V), zero but at j
+            block = np.kron(np.eye(n)[j], block)                                 # (V^|S|, n*V), zero but at j
         context = (S if ctx_pos else len(S), j if tgt == "row" else None)
         blocks[context] = blocks[context] + block if context in blocks else block
     return np.concatenate(list(blocks.values()))
@@ -119,7 +120,7 @@ def left_vectors(A, k):
 
 
 def report(s, C=3):
-    """chi2: chi-square mutual information of context and target. tail: what rank C cannot explain. parts: connected
+    """chi2: chi-square mutual information of context and target. tail: what rank C cannot explain. parts:
     components of the graph. kemeny: mean hitting time of its walk context-target-context, at least V-1."""
     gap = 1 - s[1:] ** 2
     return {"chi2": (s ** 2).sum() - 1, "tail": (s[C:] ** 2).sum(), "s_2": s[1], f"s_{C + 1}": s[C],
@@ -127,10 +128,10 @@ def report(s, C=3):
 
 
 def verdict(s, reference, C=3):
-    """E: every singular value smaller than the reference's, A: only in aggregate (chi2 and tail), X: not smaller."""
+    """E: every singular value smaller than the reference's, A: only in aggregate (chi2, tail), X: not smaller."""
     size = max(len(s), len(reference))
     a, b = (np.pad(v, (0, size - len(v))) for v in (s, reference))
-    if (a <= b + 1e-6).all():                                                       # a root of rounding errors is 1e-8
+    if (a <= b + 1e-6).all():                                              # a root of rounding errors is 1e-8
         return "=" if (b <= a + 1e-6).all() else "E"
     return "A" if (a ** 2).sum() <= (b ** 2).sum() and (a[C:] ** 2).sum() <= (b[C:] ** 2).sum() else "X"
 
@@ -147,28 +148,30 @@ def part1(args):
     """Spectra and graphs of every objective, then mlm against ar by what happens to positions."""
     P, every, spectra, curve = language().sum(-1), range(1, 6), {}, []
     flat, small = language(rho=0).sum(-1), language(S=2, n=5).sum(-1)
-    print("Against ar at equal lengths: E every singular value smaller, A only in aggregate, X NOT SMALLER, = the same")
+    print("Against ar of equal lengths. E: every s_i smaller, A: only in aggregate, X: NOT SMALLER, =: the same")
     line("objective", *report(np.ones(4)), "degree", "against")
     for text, texts, objectives in [
             ("2 of 6 tokens visible", P, short_contexts()),
             ("1 to 5 visible", P, {"ar 1..5": ar(6, every), "dar(2) 1..5": dar(6, every, 2),
                                    "vlm(1..5)": vlm(6, every), "vlm(3..5)": vlm(6, range(3, 6))}),
-            ("one mask: both neighbours are visible", P, {"ar (5)": ar(6, [5]), "mlm(5)": mlm(6, 5)}),
-            ("exchangeable text, rho = 0", flat, {"ar, rho = 0": ar(6, [2]), "mlm(2), rho = 0": mlm(6, 2)}),
-            ("5 tokens, 6 words, all masked tokens as one target", small, {"ar, n = 5": ar(5, [2]), "whole block": 0})]:
+            ("one mask: both neighbours visible", P, {"ar (5)": ar(6, [5]), "mlm(5)": mlm(6, 5)}),
+            ("exchangeable text: nothing to gain", flat, {"ar, rho = 0": ar(6, [2]), "mlm(2), rho = 0": mlm(6, 2)}),
+            ("5 tokens, 6 words, and all masked tokens as one target: reversed", small,
+             {"ar, n = 5": ar(5, [2]), "whole block": None})]:
         print("  - " + text)
         for name, pairs in objectives.items():
-            A = cooccurrence(texts, pairs) if pairs else texts.reshape(6 ** 2, 6 ** 3)      # (x_1 x_2, x_3 x_4 x_5)
-            s = spectra[name] = spectrum = singular(A)[0]
-            reference = spectrum if name.startswith("ar") else reference
-            line(name, *report(s).values(), np.count_nonzero(A) / len(A), "" if s is reference else verdict(s, reference))
+            A = cooccurrence(texts, pairs) if pairs else texts.reshape(6 ** 2, 6 ** 3)      # columns x_3 x_4 x_5
+            s = spectra[name] = singular(A)[0]
+            reference = s if name.startswith("ar") else reference
+            degree = np.count_nonzero(A) / len(A)
+            line(name, *report(s).values(), degree, "" if s is reference else verdict(s, reference))
 
     print("\nchi2 of mlm(k) by where positions live; each column is judged against ar with the same choice")
     line("k visible (masked)", "ar", "forgotten", "nor in ctx", "in query", "in target", width=12)
     for k in every:
         row = []
         for choice in ({}, {"ctx_pos": False}, {"tgt": "row"}, {"tgt": "col"}):
-            s, reference = (singular(cooccurrence(P, pairs, **choice))[0] for pairs in (mlm(6, k), ar(6, [k])))
+            s, reference = (singular(cooccurrence(P, p, **choice))[0] for p in (mlm(6, k), ar(6, [k])))
             row.append((report(s)["chi2"], verdict(s, reference), report(reference)["chi2"]))
         curve.append((1 - k / 6, row[0][2], *(chi2 for chi2, _, _ in row)))
         line(f"{k} ({1 - k / 6:.2f})", row[0][2], *(f"{chi2:.3f} {mark}" for chi2, mark, _ in row), width=12)
@@ -178,10 +181,10 @@ def part1(args):
 # 2. Self-supervised loss = matrix factorisation
 
 def spectral_loss(A, f, g):
-    """L = -2 E_A f(c).g(y) + E_p1 E_p2 (f(c).g(y))^2 = ||N - F G^T||^2 - ||N||^2, F = D1^1/2 f and G = D2^1/2 g.
+    """L = -2 E_A f(c).g(y) + E_p1 E_p2 (f(c).g(y))^2 = ||N - F G^T||^2 - ||N||^2, F = D1^1/2 f, G = D2^1/2 g.
 
-    Pull pairs together, push independent ones apart. At its minimum, -(s_1^2 + .. + s_k^2), F spans the top k left
-    singular vectors (Eckart-Young). f (R, k), g (V, k) numpy or torch; exact expectations, not over samples.
+    Pull pairs together, push independent ones apart. At its minimum, -(s_1^2 + .. + s_k^2), F spans the top k
+    left singular vectors (Eckart-Young). f (R, k), g (V, k) numpy or torch; expectations are exact.
     """
     p1, p2 = A.sum(1)[:, None], A.sum(0)[:, None]
     return -2 * (f * (A @ g)).sum() + ((f.T @ (p1 * f)) * (g.T @ (p2 * g))).sum()
@@ -202,14 +205,15 @@ def factorize(A, rank, steps=500, seed=0):
 
 
 def cross_entropy(A, rank, d, seed=0):
-    """Left singular vectors (R, rank) of what cross-entropy learns: u in P(y|c) ~ p2(y) e^u, centred, sqrt(p1 p2) u.
+    """Left singular vectors (R, rank) of sqrt(p1 p2) u, where cross-entropy learns P(y|c) ~ p2(y) e^u, u centred.
 
     Data: (1-d) p1 p2^T + d A. Up to third order in u, CE = const + (spectral loss)/2: they agree as d -> 0.
     Training F = D1^1/2 f instead of f is what lets L-BFGS converge.
     """
     import torch
     p1, p2 = A.sum(1), A.sum(0)
-    data, root = (torch.from_numpy(m) for m in ((1 - d) * np.outer(p1, p2) + d * A, np.sqrt(np.outer(p1, p2))))
+    independent = np.outer(p1, p2)
+    data, root = torch.from_numpy((1 - d) * independent + d * A), torch.from_numpy(np.sqrt(independent))
     generator = torch.Generator().manual_seed(seed)
     F, G = (0.01 * torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in A.shape)
     optimizer = torch.optim.LBFGS([F.requires_grad_(), G.requires_grad_()], max_iter=200, history_size=20,
@@ -238,16 +242,16 @@ def part2(args):
     """The identity at random f, g; Adam and cross-entropy against the singular vectors."""
     P, rng, objectives = language().sum(-1), np.random.default_rng(args.seed), short_contexts()
     matrices = {name: cooccurrence(P, objectives[name]) for name in ("ar", "dar(4)", "mlm(2)")}
-    print("Spectral loss L, Adam, rank 3 (s_3 > s_4); identity: |L - ||N - FG^T||^2 + ||N||^2| at random f, g")
+    print("Spectral loss L, Adam, rank 3 (s_3 > s_4). identity: L - ||N - FG^T||^2 + ||N||^2 at random f, g")
     line("objective", "contexts", "identity", "L - min", "angle (deg)", width=12)
     for name, A in {**matrices, "vlm(1..3)": cooccurrence(P, vlm(6, [1, 2, 3]))}.items():
         N, root1, root2 = normalize(A), np.sqrt(A.sum(1))[:, None], np.sqrt(A.sum(0))[:, None]
         f, g = (rng.standard_normal((size, 3)) for size in A.shape)
         identity = spectral_loss(A, f, g) - ((N - root1 * f @ (root2 * g).T) ** 2).sum() + (N ** 2).sum()
         f, g, loss = factorize(A, 3, seed=args.seed)
-        gap = loss + (singular(A)[0][:3] ** 2).sum()
-        line(name, len(A), *(f"{abs(x):.0e}" for x in (identity, gap, angle(root1 * f, left_vectors(A, 3)))), width=12)
-    print("\nCross-entropy, rank 2: angle (deg) to u_2, u_3 when the dependence is scaled by d: equal to second order")
+        numbers = identity, loss + (singular(A)[0][:3] ** 2).sum(), angle(root1 * f, left_vectors(A, 3))
+        line(name, len(A), *(f"{abs(x):.0e}" for x in numbers), width=12)
+    print("\nCross-entropy, rank 2: angle (deg) to u_2, u_3, dependence scaled by d. Equal to second order only")
     line("d", "1", "0.3", "0.1", "0.03")
     for name in ("ar", "mlm(2)"):
         U = left_vectors(matrices[name], 3)[:, 1:]
@@ -258,13 +262,13 @@ def part2(args):
 # 3. Classification: a linear probe for the topic
 
 def features(contexts, A, k):
-    """D1^-1/2 U_k S_k = P(target | c) D2^-1/2 W_k, (M, k): A's top directions of contexts given as rows (M, V) of A."""
+    """D1^-1/2 U_k S_k = P(target | c) D2^-1/2 W_k (M, k): A's top directions for contexts, rows (M, V) of A."""
     E = inverse_sqrt(A.sum(0))[:, None] * singular(A)[1][:, :k]
     return inverse_sqrt(contexts.sum(1))[:, None] ** 2 * contexts @ E
 
 
 def probe(x, labels, fit=slice(None), test=slice(None)):
-    """Error on rows `test` of the linear probe of x (M, k), least squares to P(z|c) on rows `fit`, then argmax.
+    """Error on rows `test` of the linear probe of x (M, k): least squares to P(z|c) on rows `fit`, argmax.
     labels (M, C): P(c, z)."""
     root = np.sqrt(labels.sum(1, keepdims=True))
     weights = np.linalg.lstsq((root * x)[fit], (labels * inverse_sqrt(root ** 2))[fit], rcond=None)[0]
@@ -273,29 +277,30 @@ def probe(x, labels, fit=slice(None), test=slice(None)):
 
 
 def bound(A, labels, k):
-    """phi, phi/(1 - s_{k+1}^2), R_k. phi: disagreement of the label posteriors over one walk context-target-context.
-    R_k: squared error of the best probe of k features, never above the bound before it. labels (R, C): P(c, z)."""
+    """phi, phi/(1 - s_{k+1}^2), R_k. phi: disagreement of the label posteriors over a walk context-target-context.
+    R_k: squared error of the best probe of k features, bounded by the second. labels (R, C): P(c, z)."""
     Y = labels * inverse_sqrt(labels.sum(1, keepdims=True))                         # (R, C) D1^1/2 P(z|c)
     phi = (Y ** 2).sum() - ((normalize(A).T @ Y) ** 2).sum()
     return phi, phi / (1 - singular(A)[0][k] ** 2), (Y ** 2).sum() - ((left_vectors(A, k).T @ Y) ** 2).sum()
 
 
 def classification(joint, P, ranks=(3, 9)):
-    """{objective: [probe error at each rank]} on the contexts x_1 x_2, which every objective has. Features come from the
-    distribution of texts P, the labels from `joint`: the probe always knows the true posterior."""
+    """{objective: [probe error at each rank]} on the contexts x_1 x_2, which every objective has. Features come
+    from the distribution of texts P, labels from `joint`: the probe always knows the true posterior."""
     labels, errors = cooccurrence(joint, [((0, 1), 6, 1)]), {}                      # axis 6 is the topic
     for name, pairs in short_contexts().items():
-        A, prefixes = (cooccurrence(P, some) for some in (pairs, [pair for pair in pairs if pair[0] == (0, 1)]))
+        A, prefixes = cooccurrence(P, pairs), cooccurrence(P, [pair for pair in pairs if pair[0] == (0, 1)])
         errors[name] = [probe(features(prefixes, A, k), labels) for k in ranks]
     return errors
 
 
 def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
-    """{objective: error at rank 3 for each size}; features from so many texts, zero for a prefix not among them."""
+    """{objective: error at rank 3 for each size}; features from so many texts, zero for an unseen prefix."""
     joint, curve = language(), {}
     P = joint.sum(-1)
     for N in sizes:
-        draws = [np.random.default_rng((seed, N, i)).multinomial(N, P.ravel() / P.sum()) for i in range(repeats)]
+        rng = np.random.default_rng((seed, N))
+        draws = rng.multinomial(N, P.ravel() / P.sum(), size=repeats)               # (repeats, V^n)
         errors = [classification(joint, draw.reshape(P.shape) / N, ranks=[3]) for draw in draws]
         for name in errors[0]:
             curve.setdefault(name, []).append(np.mean([e[name] for e in errors]))
@@ -305,7 +310,7 @@ def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
 def part3(args):
     """The probe where the ordering is clean, and where it is not; the learning curve."""
     for rho, text in [(0.5, "rho = 0.5, the default language: smaller singular values, better probe"),
-                      (0.8, "rho = 0.8: every singular value smaller and yet a WORSE probe, the bound is not a law")]:
+                      (0.8, "rho = 0.8: every singular value smaller, yet a WORSE probe; the bound is no law")]:
         joint = language(rho=rho)
         P, errors = joint.sum(-1), classification(joint, joint.sum(-1))
         print(f"{text}. Bayes error {1 - cooccurrence(joint, [((0, 1), 6, 1)]).max(1).sum():.4f}")
@@ -328,24 +333,25 @@ def part3(args):
 # 4. Contexts that never repeat
 
 def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
-    """N texts, rho = 0, each its own context of k tokens: topics (N, C) one-hot, bags of tokens (N, V), {objective: A}."""
+    """N texts, rho = 0, each a context (k tokens) of its own: topics (N, C) one-hot, bags (N, V), {objective: A}."""
     rng, V = np.random.default_rng((seed, N)), C * S
     z = rng.integers(C, size=N)
     synonym, noise = z[:, None] * S + rng.integers(S, size=(N, n)), rng.integers(V, size=(N, n))
     x = np.where(rng.random((N, n)) < 1 - eps, synonym, noise)
     targets = {"ar": x[:, k:k + 1], "dar(2)": x[:, k:k + 2], "dar(4)": x[:, k:k + 4], "dar(8)": x[:, k:k + 8],
-               "mlm, 8 masks": rng.permuted(x, axis=1)[:, k:]}                      # the last n-k of a random order
-    return np.eye(C)[z], np.eye(V)[x[:, 1:]].mean(1), {name: np.eye(V)[y].mean(1) / N for name, y in targets.items()}
+               "mlm, 8 masks": rng.permuted(x, axis=1)[:, k:]}                # the last n-k of a random order
+    matrices = {name: np.eye(V)[y].mean(1) / N for name, y in targets.items()}      # (N, V)
+    return np.eye(C)[z], np.eye(V)[x[:, 1:]].mean(1), matrices
 
 
 def limit(t, C=4, V=60, eps=0.2):
-    """Their spectrum as N -> infinity, t targets per context: s^2 = 1/t + (1 - 1/t) lambda, lambda of the topic model."""
+    """Spectrum as N -> infinity, t targets per context: s^2 = 1/t + (1 - 1/t) lambda, lambda of the topic model."""
     return np.sqrt(1 / t + (1 - 1 / t) * np.array([1] + [(1 - eps) ** 2] * (C - 1) + [0] * (V - C)))
 
 
 def part4(args):
     """Measurement beside closed form."""
-    print("ar: V stars with no connection. t targets per context connect them, tail -> (V-C)/t. Mean of 3 samples")
+    print("ar: V stars, not connected. t targets per context connect them, tail -> (V-C)/t. Mean of 3 samples")
     line("objective", "N", "parts", "s_2", "limit", "chi2", "limit", "tail", "limit", "err k=4", "k=60")
     for N in (50, 200, 1000, 4000):
         rows, pooled, halves = {}, [], (slice(N // 2), slice(N // 2, N))
@@ -359,8 +365,9 @@ def part4(args):
         for (name, values), t in zip(rows.items(), (1, 2, 4, 8, 8)):
             parts, s2, chi2, tail, low, full = np.mean(values, axis=0)
             r = report(limit(t), 4)
-            line(name, N, f"{parts:.1f}", s2, r["s_2"], chi2, r["chi2"], tail, r["tail"], "-" if t == 1 else low, full)
-    print(f"But pooled over all prefixes, at full rank, ar is a bag of words, as good as any: error {np.mean(pooled):.3f}")
+            low = "-" if t == 1 else low                                            # any 4 of ar's 60 equal directions
+            line(name, N, f"{parts:.1f}", s2, r["s_2"], chi2, r["chi2"], tail, r["tail"], low, full)
+    print(f"But ar pooled over all prefixes, at full rank, is a bag of words: error {np.mean(pooled):.3f}, as good as any")
     return {}
 
 # -----------------------------------------------------------------------------
@@ -369,7 +376,7 @@ def part4(args):
 TRAINED = {"ar = vlm(1..5)": range(1, 6), "mlm(5)": [5], "mlm(3)": [3], "vlm(3..5)": [3, 4, 5]}
 
 def prompts(P):
-    """Every multiset of 0..n-1 visible tokens: counts (M, V), P(multiset, next token | length) (M, V), length (M,)."""
+    """Multisets of 0..n-1 visible tokens: counts (M, V), P(multiset, next token | length) (M, V), length (M,)."""
     V, counts, joint = P.shape[0], [], []
     for m in range(P.ndim):
         texts = np.array(list(product(range(V), repeat=m)), dtype=int).reshape(V ** m, m)
@@ -381,18 +388,18 @@ def prompts(P):
 
 
 def generation(hidden=32, runs=3, seed=0, steps=1000):
-    """Excess log-loss in nats over the truth, {objective: (runs, 6)} by prompt length 0..5, on exchangeable text.
+    """Excess log-loss in nats over the truth, {objective: (runs, 6)}, prompt lengths 0..5, exchangeable text.
 
-    There the next token given m tokens is the masked token given any m: objectives differ only in the lengths they
-    train on. The model, an MLP or with hidden = 0 log-linear, sees token counts; all runs are trained side by side.
+    There the next token given m tokens is the masked token given any m: only the lengths trained on differ. The
+    model, an MLP or with hidden = 0 log-linear, sees token counts; all runs are trained side by side.
     """
     import torch
     counts, joint, length = prompts(language(S=2, rho=0).sum(-1))
     share = np.stack([sum(length == m for m in K) / len(K) for K in TRAINED.values() for _ in range(runs)])
-    x, weight = torch.from_numpy(counts), torch.from_numpy(share[:, :, None] * joint)       # (M, V), (models, M, V)
+    x, weight = torch.from_numpy(counts), torch.from_numpy(share[:, :, None] * joint)       # .., (models, M, V)
     generator = torch.Generator().manual_seed(seed)
 
-    def start(fan_in, fan_out):                                                     # (models, in, out), N(0, 1/in)
+    def start(fan_in, fan_out):                                                # (models, in, out), N(0, 1/in)
         W = torch.randn(runs, fan_in, fan_out, generator=generator, dtype=torch.float64) / fan_in ** 0.5
         return W.repeat(len(TRAINED), 1, 1).requires_grad_()
 
@@ -407,7 +414,8 @@ def generation(hidden=32, runs=3, seed=0, steps=1000):
         (-weight * logp).sum().backward()
         optimizer.step()
         schedule.step()
-    excess = (joint * (np.log(joint / joint.sum(1, keepdims=True)) - logp.detach().numpy())).sum(-1)  # (models, M)
+    truth = joint / joint.sum(1, keepdims=True)
+    excess = (joint * (np.log(truth) - logp.detach().numpy())).sum(-1)              # (models, M)
     excess = np.stack([excess[:, length == m].sum(1) for m in range(6)], axis=-1)   # (models, 6)
     return dict(zip(TRAINED, excess.reshape(len(TRAINED), runs, 6)))
 
@@ -440,7 +448,7 @@ def part5(args):
 # 6. Real text: contexts of one token, exact counts
 
 def tokens(*paths, V=500, limit=10**6):
-    """The first words, numbers and signs of text files, lower-case: ids (T,) of the V-1 most common; others are one id."""
+    """First words, numbers and signs of text files, lower-case: ids (T,) of the V-1 most common, one for others."""
     words = []
     for path in paths:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -450,13 +458,13 @@ def tokens(*paths, V=500, limit=10**6):
 
 
 def real_text(ids, seed=0, window=8):
-    """{objective: spectrum} from B_d[u, v] = P(x_i = u, x_{i+d} = v); mlm: one of 8 tokens visible, any other a target."""
+    """{objective: spectrum} from B_d[u, v] = P(x_i = u, x_{i+d} = v); mlm: one of 8 tokens visible."""
     def bigrams(x, d, V=ids.max() + 1):
         return np.bincount(x[:-d] * V + x[d:], minlength=V * V).reshape(V, V) / (len(x) - d)
     B = {d: bigrams(ids, d) for d in range(1, window)}
     matrices = {f"dar({t})": sum(B[d] for d in range(1, t + 1)) / t for t in (1, 2, 4, 7)}
     matrices["mlm(1)"] = sum((window - d) * (B[d] + B[d].T) for d in B) / (window * (window - 1))
-    matrices["noise"] = bigrams(np.random.default_rng(seed).permutation(ids), 1)    # shuffled: what sampling alone gives
+    matrices["noise"] = bigrams(np.random.default_rng(seed).permutation(ids), 1)    # what sampling alone gives
     return {name.replace("dar(1)", "ar"): singular(A)[0] for name, A in matrices.items()}
 
 
@@ -466,11 +474,13 @@ def part6(args):
     for name, files in {**texts, **({args.text: [args.text]} if args.text else {})}.items():
         ids = tokens(*files)
         spectra = real_text(ids, args.seed)
-        print(f"{name}: {len(ids)} tokens; sampling alone would give chi2 = (V-1)^2/T = {ids.max() ** 2 / len(ids):.3f}")
-        line("objective", "chi2", "tail>10", "s_2", "s_11", "  s_i <= ar's up to i =")
+        print(f"{name}: {len(ids)} tokens, sampling alone gives chi2 = (V-1)^2/T = {ids.max() ** 2 / len(ids):.3f};"
+              " last column: s_i <= ar's for the first ..")
+        line("objective", "chi2", "tail>10", "s_2", "s_11", "smaller", width=12)
         for objective, s in spectra.items():
             above = np.flatnonzero(s > spectra["ar"] + 1e-6)
-            line(objective, *list(report(s, 10).values())[:4], f"{above[0] if len(above) else len(s)} of {len(s)}")
+            smaller = f"{above[0] if len(above) else len(s)} of {len(s)}"
+            line(objective, *list(report(s, 10).values())[:4], smaller, width=12)
     print("In aggregate and for the leading values as claimed, but not for every single one.")
     return {"text": name, "real": spectra}
 
@@ -492,19 +502,19 @@ def figure(path, spectra, masking, errors, sizes, excess, text, real):
     panel("A", "1. Toy language, two visible tokens", "i", "singular value $s_i$", range(1, 10),
           {name: spectra[name] for name in short_contexts()})
     panel("B", "1. Too few masks, and the claim fails", "mask ratio", r"$\sum_{i>1} s_i^2$", masking[:, 0],
-          {"ar, equal length": masking[:, 1], "mlm, position forgotten": masking[:, 2], "mlm, in query": masking[:, 4]})
+          {"ar, equal length": masking[:, 1], "mlm": masking[:, 2], "mlm, position in query": masking[:, 4]})
     panel("C", "3. Probe of three features", "training texts", "error", sizes, errors, xscale="log", ylim=0)
-    panel("D", "5. Generation", "tokens of the prompt", "excess log-loss (nats)", range(6), excess, yscale="log")
+    panel("D", "5. Generation", "prompt (tokens)", "excess log-loss (nats)", range(6), excess, yscale="log")
     panel("E", "6. Real text: " + text, "i", "singular value $s_i$", range(1, 1 + len(real["ar"])), real,
           xscale="log", yscale="log", ylim=1e-3)
     fig.savefig(path, dpi=100)
 
 
-PARTS = {"Objectives as matrices": part1, "Self-supervised loss = matrix factorisation": part2, "Classification": part3,
-         "Contexts that never repeat": part4, "Generation": part5, "Real text": part6}
+PARTS = {"Objectives as matrices": part1, "Self-supervised loss = matrix factorisation": part2,
+         "Classification": part3, "Contexts that never repeat": part4, "Generation": part5, "Real text": part6}
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The theory of the paper on a toy language and on real text.")
+    parser = argparse.ArgumentParser(description="The paper's theory on a toy language and on real text.")
     parser.add_argument("--part", type=int, choices=range(1, 7), help="run only this part")
     parser.add_argument("--plot", metavar="FILE", help="also draw a figure of five panels (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is sampled (default: 0)")
@@ -515,10 +525,10 @@ def main(argv=None):
             raise ValueError(f"--seed must be at least 0, not {args.seed}")
         if args.plot and args.part:
             raise ValueError("--plot needs all parts: leave out --part")
-        if args.text and len(tokens(args.text)) < 1000:
-            raise ValueError(f"{args.text} has fewer than 1000 words and signs, too few to count pairs")
+        if args.text and len(set(tokens(args.text))) < 20:
+            raise ValueError(f"{args.text} has fewer than 20 different words and signs, too few to count pairs")
         if args.plot:
-            import matplotlib                                                       # noqa: F401, fail before the work
+            import matplotlib                                               # noqa: F401, fail before the work
             open(args.plot, "ab").close()
     except ImportError:
         parser.exit(2, "error: --plot needs matplotlib: pip install matplotlib\n")

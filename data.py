@@ -1,15 +1,15 @@
 """
-Text -> documents -> tokens -> memory-mapped shards -> windows. (numpy only: nothing here needs torch.)
+Text -> documents -> tokens -> memory-mapped shards -> windows. numpy only: nothing here needs torch.
 
     python data.py                                          # this Python's standard library, no download
     python data.py --dataset pile --shards 0 1              # downloads two of the Pile's 30 parts
     python data.py --dataset mine --files a.jsonl b.jsonl.gz c.jsonl.zst d.txt --tokenizer bpe:4096
     python data.py --dataset mine --check                   # sha256 of every shard, every token id
 
-A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after every
-document), tokenizer.json, and meta.json (sources, counts, sha256), which is written last: no meta.json, no dataset.
-A file gets its name when it is complete. Its bytes depend on the input alone, not on the number of cores: after a
-crash the same command starts anew and makes the same files (downloads go on where they broke off).
+A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after each
+document), tokenizer.json, and meta.json (sources, counts, sha256), which comes last: without it there is no
+dataset. A file gets its name when it is complete. After a crash the same command starts anew and makes the same
+bytes, on any number of cores (downloads go on where they broke off).
 """
 import argparse
 import codecs
@@ -89,29 +89,28 @@ def open_binary(path):
 
 def json_documents(path):
     """One document a line, in the field "text"."""
-    good, problem = 0, "it has no lines"
+    good, problem = 0, "no lines"
     with open_binary(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
             if line.isspace():
                 continue
             try:
-                if len(line) == MAX_LINE:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(MAX_LINE)
-                    raise DataError(f"longer than {MAX_LINE} bytes")
                 text = json_text(line)
+                good += 1
+                yield [text]
             except DataError as error:
                 problem = f"{path}:{number}: {error}"
                 yield DataError(problem)
-            else:
-                good += 1
-                yield [text]
+            while len(line) == MAX_LINE and not line.endswith(b"\n"):   # the rest of a line that is too long
+                line = file.readline(MAX_LINE)
     if not good:
         raise DataError(f"{path} holds no documents ({problem})")
 
 
 def json_text(line):
     """The text in one line of a .jsonl file. Raises DataError."""
+    if len(line) == MAX_LINE:
+        raise DataError(f"longer than {MAX_LINE} bytes")
     try:
         text = json.loads(line.decode("utf-8-sig"))["text"]
         text.encode()                                       # fails if it holds half of a surrogate pair
@@ -121,7 +120,7 @@ def json_text(line):
     except (KeyError, TypeError, AttributeError):
         raise DataError('no field "text" with a string') from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"broken JSON: {getattr(error, 'msg', error)}") from None
+        raise DataError(f"broken JSON: {error}") from None
 
 
 def text_document(path):
@@ -133,10 +132,10 @@ def text_document(path):
     except UnicodeDecodeError as error:
         line += error.object[:error.start].count(b"\n")
         yield DataError(f"{path}:{line}: invalid UTF-8: {error.reason}")
-    else:
-        if not size:
-            raise DataError(f"{path} holds no text")
-        yield decoded(path)
+        return
+    if not size:
+        raise DataError(f"{path} holds no text")
+    yield decoded(path)
 
 
 def decoded(path):
@@ -148,20 +147,17 @@ def decoded(path):
     yield decoder.decode(b"", final=True)
 
 
-CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
-
-
 def cut(document):
     """Yield (text, whether it is the last) for the pieces of a document, at most PIECE characters each.
 
-    A piece ends before a space or newline that follows another character. No token of PATTERN crosses such a
+    A piece ends before a space or newline that follows another character: no word of PATTERN crosses such a
     place, so the tokens are those of the whole document. (If half a piece has no such place, it ends anywhere.)
     """
     rest, start = "", 0
     for text in document:
         rest, start = rest[start:] + text, 0
         while len(rest) - start > PIECE:
-            match = CUT.match(rest, start + PIECE // 2, start + PIECE)
+            match = re.compile(r"(?s).*\S(?=[ \n])").match(rest, start + PIECE // 2, start + PIECE)
             end = match.end() if match else start + PIECE
             yield rest[start:end], False
             start = end
@@ -170,9 +166,9 @@ def cut(document):
 
 
 def document_is_val(text, val_fraction):
-    """Whether a document is for validation, by a hash of its beginning: order and neighbours do not matter."""
+    """Whether a document is for validation: by a hash of its beginning, so order and neighbours don't matter."""
     digest = hashlib.blake2b(text[:PIECE // 2].encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < val_fraction * 2 ** 64
+    return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
 def pieces(sources, val_fraction, report):
@@ -184,27 +180,38 @@ def pieces(sources, val_fraction, report):
                 continue
             split = None
             for text, last in cut(document):
-                if split is None:
-                    split = "val" if document_is_val(text, val_fraction) else "train"
+                split = split or ("val" if document_is_val(text, val_fraction) else "train")
                 yield split, text, last
+
+
+def sample(sources, val_fraction):
+    """Yield text of the training split, BPE_SAMPLE characters, equally many from the beginning of each source."""
+    for source in sources:
+        left = max(1, BPE_SAMPLE // len(sources))
+        for split, text, _ in pieces([source], val_fraction, report=lambda error: None):
+            if split == "train":
+                yield text[:left]
+                left -= len(text)
+            if left <= 0:
+                break
 
 # -----------------------------------------------------------------------------
 # Tokenizers: tiktoken encodings whose last id is end-of-text.
 
-# GPT-2's words: BPE never joins across them
+# Tokens never cross words, which are those of GPT-2.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def train_bpe(words, n_tokens):
-    """Byte-pair encoding (Sennrich et al. 2016; on bytes, as in GPT-2): n_tokens tokens, a list of bytes objects.
+    """Byte-pair encoding (Sennrich et al. 2016; on bytes, as GPT-2): a list of n_tokens tokens, bytes objects.
 
-    words: {word as bytes: how often it occurs}. Start from the 256 bytes; again and again, the most frequent pair of
-    neighbouring tokens becomes a new token (of equally frequent ones, the pair with the smallest ids). Counts are
-    updated where the pair occurs. A heap entry may be out of date, which shows when it is popped.
+    words: {word as bytes: how often it occurs}. Start from the 256 bytes; again and again, the most frequent pair
+    of neighbouring tokens becomes a new token (of equally frequent ones, the pair with the smallest ids). Counts
+    are updated where the pair occurs; a heap entry may be out of date, which shows when it is popped.
     """
     tokens = [bytes([b]) for b in range(256)]
     words = [(list(word), n) for word, n in words.items()]
-    counts, where = Counter(), defaultdict(set)              # of a pair: frequency, words that had it
+    counts, where = Counter(), defaultdict(set)             # of a pair: frequency, words that hold or held it
     for i, (word, n) in enumerate(words):
         for pair in zip(word, word[1:]):
             counts[pair] += n
@@ -241,23 +248,17 @@ def train_bpe(words, n_tokens):
     return tokens
 
 
-def make_tokenizer(name, sources, val_fraction):
-    """The tokenizer "gpt2", "bytes" or "bpe:N" as JSON, see `build_encoding`. bpe:N, N ids in all, is trained.
+def make_tokenizer(name, texts):
+    """The tokenizer "gpt2", "bytes" or "bpe:N" as JSON, see `build_encoding`.
 
-    It learns from the beginning of each source, BPE_SAMPLE characters in equal shares, documents of the training
-    split only, and from at most 256 bytes of a word.
+    bpe:N has N ids, end-of-text included, and is trained on texts, an iterable of strings (only bpe:N reads it),
+    on at most the first 256 bytes of each word.
     """
     if not name.startswith("bpe:"):
         return {"name": name}
     found, words = Counter(), Counter()
-    for source in tqdm(sources, desc=f"training {name}", leave=False, disable=None):
-        left = max(1, BPE_SAMPLE // len(sources))
-        for split, text, _ in pieces([source], val_fraction, report=lambda error: None):
-            if split == "train":
-                found.update(regex.findall(PATTERN, text[:left]))
-                left -= len(text)
-                if left <= 0:
-                    break
+    for text in tqdm(texts, desc=f"training {name}", unit=" texts", leave=False, disable=None):
+        found.update(regex.findall(PATTERN, text))
     for word, n in found.items():
         words[word.encode()[:256]] += n
     tokens = train_bpe(words, n_tokens=int(name[4:]) - 1)
@@ -265,7 +266,7 @@ def make_tokenizer(name, sources, val_fraction):
 
 
 def build_encoding(spec):
-    """The tiktoken.Encoding of {"name": "gpt2" or "bytes"} or {"name", "pattern", "tokens": latin-1 strings}."""
+    """The tiktoken.Encoding of {"name": "gpt2" | "bytes"} or {"name", "pattern", "tokens": latin-1 strings}."""
     if spec["name"] == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -273,9 +274,9 @@ def build_encoding(spec):
             raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}). It is downloaded once; "
                             "offline, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache") from None
     tokens = [token.encode("latin-1") for token in spec.get("tokens", map(chr, range(256)))]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    return tiktoken.Encoding(spec["name"], pat_str=spec.get("pattern", PATTERN), mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": len(ranks)}, explicit_n_vocab=len(tokens) + 1)
+    return tiktoken.Encoding(spec["name"], pat_str=spec.get("pattern", PATTERN),
+                             mergeable_ranks={token: i for i, token in enumerate(tokens)},
+                             special_tokens={"<|endoftext|>": len(tokens)}, explicit_n_vocab=len(tokens) + 1)
 
 
 def save_tokenizer(spec, folder):
@@ -291,7 +292,7 @@ def load_tokenizer(folder):
             return build_encoding(json.load(file))
     except DataError:
         raise
-    except Exception as error:                              # also what tiktoken raises for a damaged one
+    except Exception as error:                              # also whatever tiktoken raises for a damaged one
         raise DataError(f"{path} is missing or damaged: {error!r}") from None
 
 
@@ -304,7 +305,7 @@ def token_bytes(encoding):
 # Shards
 
 def encode(pieces, encoding):
-    """Encode (split, text, last) on all cores: yield (split, ids uint32, bytes of text, last), in the same order.
+    """Encode (split, text, last) on all cores: yield (split, ids uint32, bytes of text, last), in this order.
 
     Threads, as tiktoken works outside of Python's lock. Text that looks like a special token is text.
     """
@@ -312,8 +313,7 @@ def encode(pieces, encoding):
         out = []
         for split, text, last in group:
             ids = encoding.encode_to_numpy(text, disallowed_special=())
-            if last:
-                ids = np.append(ids, np.uint32(encoding.eot_token))
+            ids = np.append(ids, np.uint32(encoding.eot_token)) if last else ids
             out.append((split, ids, len(text.encode()), last))
         return out
 
@@ -333,11 +333,13 @@ def encode(pieces, encoding):
 
 
 class ShardWriter:
-    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ..., shard_tokens in each; `shards` lists what is complete."""
+    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ..., shard_tokens in each.
 
+    shards: [{"file", "tokens", "sha256"}, ...] of those that are complete. Call close() at the end.
+    """
     def __init__(self, folder, split, dtype, shard_tokens):
-        self.prefix, self.dtype, self.shard_tokens = os.path.join(folder, split), np.dtype(dtype), shard_tokens
-        self.file, self.shards = None, []                   # [{"file", "tokens", "sha256"}, ...]
+        self.prefix, self.dtype = os.path.join(folder, split), np.dtype(dtype)
+        self.shard_tokens, self.shards, self.file = shard_tokens, [], None
 
     def write(self, ids):
         while len(ids):
@@ -351,40 +353,39 @@ class ShardWriter:
                 self.close()
 
     def write_header(self):
-        """Its length does not depend on the number of tokens (numpy pads it): it is written again at the end."""
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.tokens,)}
+        """It is written again at the end: numpy pads it, so its length does not depend on the number of tokens."""
         self.file.seek(0)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.tokens,)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def close(self):
-        """Complete the open shard, if there is one."""
         if self.file:
             self.write_header()
-            flush_and_close(self.file)
+            close_on_disk(self.file)
             path = f"{self.prefix}_{len(self.shards):04d}.npy"
-            digest = file_sha256(self.file.name)
+            self.shards.append({"file": os.path.basename(path), "tokens": self.tokens,
+                                "sha256": file_sha256(self.file.name)})
             os.replace(self.file.name, path)
-            self.shards.append({"file": os.path.basename(path), "tokens": self.tokens, "sha256": digest})
             self.file = None
 
 
-def flush_and_close(file):
+def close_on_disk(file):
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
 def write_json(path, value):
-    file = open(f"{path}.tmp", "w")
-    json.dump(value, file, indent=1)
-    flush_and_close(file)
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(value, file, indent=1)
+        close_on_disk(file)
     os.replace(file.name, path)
 
 
 def file_sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(2 ** 20):
+        while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -394,10 +395,10 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
     """Make the dataset data_dir/name, unless it is there, and return its meta.json. Raises DataError.
 
     name: "stdlib"; "pile" with `shards`, a list of numbers; or any other with `files`, a list of paths.
-    tokenizer: "gpt2", "bytes" or "bpe:N"; None is bpe:2048 for stdlib, else gpt2. val_fraction: of documents.
+    tokenizer: "gpt2", "bytes" or "bpe:N"; default: bpe:2048 for stdlib, else gpt2. val_fraction: of documents.
     """
     folder = os.path.join(data_dir, name)
-    files = [str(file) for file in files or []]
+    files = [str(path) for path in files or []]
     urls = [f"{base_url}/{shard:02d}.jsonl.zst" for shard in shards or []]
     wanted = {"name": name, "sources": files or urls or [STDLIB],
               "tokenizer": tokenizer or ("bpe:2048" if name == "stdlib" else "gpt2"),
@@ -406,72 +407,76 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
     check_arguments(wanted, files, urls)
     if os.path.exists(os.path.join(folder, "meta.json")) and not overwrite:
         meta, _ = load(name, data_dir)
-        changed = [key for key in wanted if meta.get(key) != wanted[key]]
+        changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
         if changed:
-            raise DataError(f"{folder} is there already, made with other {', '.join(changed)}: --overwrite replaces it")
+            raise DataError(f"{folder} is there already, with other {changed}: add --overwrite to replace it")
         print(f"{folder} is there already")
         return meta
     os.makedirs(folder, exist_ok=True)
-    for old in [Path(folder, "meta.json"), *Path(folder).glob("train_*.npy"), *Path(folder).glob("val_*.npy")]:
-        old.unlink(missing_ok=True)
+    for old in ["meta.json", "train_*.npy", "val_*.npy"]:
+        for path in Path(folder).glob(old):
+            path.unlink()
     downloads = [os.path.join(folder, os.path.basename(url)) for url in urls]
     for url, path in zip(urls, downloads):
         fetch(url, path)
     meta = write_dataset(folder, downloads or wanted["sources"], wanted)
     for split, total in meta["splits"].items():
-        print("{}: {} {documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(folder, split, **total))
+        print(f"{folder}: {split} {total['documents']} documents, {total['bytes']} bytes, {total['tokens']} tokens")
     return meta
 
 
 def check_arguments(wanted, files, urls):
     """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
-    name, bpe_size = wanted["name"], re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
+    name, bpe = wanted["name"], re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
+    own = name not in ("stdlib", "pile")
     for wrong, message in [
-        (bool(urls) != (name == "pile"), "dataset pile needs --shards, and no other has any"),
-        (bool(files) != (name not in ("stdlib", "pile")), f"dataset {name}: stdlib and pile take no --files, others do"),
-        (not bpe_size or int(bpe_size[1] or 257) < 257, "the tokenizer is gpt2, bytes or bpe:N with N >= 257"),
-        (not 0 < wanted["val_fraction"] < 1, "val_fraction must be between 0 and 1"),
-        (wanted["shard_tokens"] < 1, "shard_tokens must be at least 1"),
-        *((not os.path.isfile(file), f"{file} does not exist") for file in files),
-        *((not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", file), f"{file} is no .jsonl or .txt, nor one with .gz or .zst")
-          for file in files),
-        *((os.path.isfile(file) and os.path.getsize(file) == 0, f"{file} is empty") for file in files),
+        (bool(urls) != (name == "pile"), "--dataset pile needs --shards, and no other has any"),
+        (own and not files, f"--dataset {name} needs --files"),
+        (files and not own, f"--files need another --dataset name than {name}"),
+        (not bpe or int(bpe[1] or 257) < 257, "the tokenizer is gpt2, bytes or bpe:N with N of at least 257"),
+        (not 0 < wanted["val_fraction"] < 1, "val_fraction is between 0 and 1"),
+        (wanted["shard_tokens"] < 1, "shard_tokens is at least 1"),
     ]:
         if wrong:
             raise DataError(message)
+    for path in files:
+        if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
+            raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
+        if not os.path.isfile(path) or not os.path.getsize(path):
+            raise DataError(f"{path} is empty" if os.path.isfile(path) else f"{path} is not there")
 
 
 def write_dataset(folder, sources, wanted):
     """Tokenize the sources; returns meta.json, which is `wanted` and what is known at the end."""
-    spec = make_tokenizer(wanted["tokenizer"], sources, wanted["val_fraction"])
-    save_tokenizer(spec, folder)
+    spec = make_tokenizer(wanted["tokenizer"], sample(sources, wanted["val_fraction"]))
     encoding = build_encoding(spec)
+    save_tokenizer(spec, folder)
     dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
-    writers = {split: ShardWriter(folder, split, dtype, wanted["shard_tokens"]) for split in ("train", "val")}
-    totals = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in writers}
-    skipped = []
+    splits = ("train", "val")
+    writers = {split: ShardWriter(folder, split, dtype, wanted["shard_tokens"]) for split in splits}
+    totals = {split: Counter(tokens=0, bytes=0, documents=0) for split in splits}
+    skipped = 0
 
     def report(error):
-        skipped.append(None)
-        if len(skipped) <= 5:
+        nonlocal skipped
+        skipped += 1
+        if skipped <= 5:
             tqdm.write(f"skipped {error}", file=sys.stderr)
 
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
         for split, ids, size, last in encode(pieces(sources, wanted["val_fraction"], report), encoding):
             writers[split].write(ids)
-            for key, n in [("tokens", len(ids)), ("bytes", size), ("documents", int(last))]:
-                totals[split][key] += n
+            totals[split].update(tokens=len(ids), bytes=size, documents=int(last))
             bar.update(size)
     if skipped:
-        print(f"skipped {len(skipped)} in all", file=sys.stderr)
-    for split, total in totals.items():
+        print(f"skipped {skipped} in all", file=sys.stderr)
+    for split, change in [("train", "lower"), ("val", "raise")]:
         writers[split].close()
-        total["shards"] = writers[split].shards
-        if not total["documents"]:
-            raise DataError(f"no document is in the {split} split: add more, or change --val_fraction "
-                            f"({wanted['val_fraction']})")
-    meta = {**wanted, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype,
-            "skipped": len(skipped), "splits": totals}
+        if not totals[split]["documents"]:
+            raise DataError(f"no document fell into {split}: {change} --val_fraction ({wanted['val_fraction']}), "
+                            "or add documents")
+    meta = {**wanted, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype, "skipped": skipped,
+            "splits": {split: {**totals[split], "shards": writers[split].shards} for split in splits}}
     write_json(os.path.join(folder, "meta.json"), meta)
     return meta
 
@@ -481,8 +486,8 @@ def write_dataset(folder, sources, wanted):
 def load(name, data_dir=DATA_DIR, full=False):
     """A dataset as (meta.json, {"train": [ids of each shard, memory-mapped], "val": [...]}).
 
-    Raises DataError for a dataset or shard that is missing, cut short or not the one that meta.json lists, and for
-    an id beyond the vocabulary in the first SCAN tokens of a shard; full: in all of them, and for a wrong sha256.
+    Raises DataError for a dataset or shard that is missing, cut short or not the one in meta.json, and for an id
+    beyond the vocabulary in the first SCAN tokens of a shard. full: in any of its tokens, and for a wrong sha256.
     """
     folder = os.path.join(data_dir, name)
     try:
@@ -492,23 +497,22 @@ def load(name, data_dir=DATA_DIR, full=False):
         listed = [(split, os.path.join(folder, shard["file"]), shard["tokens"], shard["sha256"])
                   for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
     except FileNotFoundError:
-        raise DataError(f"there is no dataset {folder}: make it with python data.py --dataset {name}") from None
+        raise DataError(f"there is no dataset {folder}: python data.py --dataset {name} makes it") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/meta.json is damaged ({error!r}): make the dataset again, with --overwrite") from None
+        raise DataError(f"{folder}/meta.json is damaged ({error!r}): make it again with --overwrite") from None
     splits = {"train": [], "val": []}
     for split, path, tokens, sha256 in listed:
         try:
-            ids = np.load(path, mmap_mode="r")
+            ids = np.lib.format.open_memmap(path, mode="r")
             if ids.dtype != dtype or ids.shape != (tokens,):
                 raise ValueError(f"it holds {ids.dtype} {ids.shape}, not {dtype} ({tokens},)")
             if max(ids[i:i + SCAN].max() for i in range(0, tokens if full else 1, SCAN)) >= vocab_size:
                 raise ValueError(f"it holds an id beyond the vocabulary of {vocab_size}")
             if full and file_sha256(path) != sha256:
-                raise ValueError("its sha256 is wrong")
+                raise ValueError("its sha256 is another")
         except (OSError, ValueError, EOFError) as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else error
-            raise DataError(f"{path} is not the shard in meta.json, {reason}: make the dataset again, "
-                            "with --overwrite") from None
+            raise DataError(f"{path} is not as it was made: {reason}; make it again with --overwrite") from None
         splits[split].append(ids)
     return meta, splits
 
@@ -518,8 +522,8 @@ def check_window(shards, span):
     starts = np.array([max(0, len(ids) - span + 1) for ids in shards])
     if not starts.any():
         longest = max(map(len, shards), default=0)
-        raise DataError(f"a window of {span} tokens is longer than the corpus ({longest} tokens in the longest shard): "
-                        "take more text or a smaller block_size")
+        raise DataError(f"the corpus ({longest} tokens in its longest shard) is shorter than a window of {span} "
+                        "tokens: take more text or a smaller block_size")
     return starts
 
 
@@ -539,60 +543,60 @@ def windows(shards, span, u):
 # Download
 
 def fetch(url, path, sha256=None, size=None):
-    """Download url to path, unless that exists. What arrives is kept in path.part, from where a rerun goes on.
+    """Download url to path, unless that exists. What arrived is kept in path.part: the next call goes on there.
 
-    The length that the server names is checked, and size (bytes) and sha256 (hexadecimal) if given. Raises DataError.
+    The length that the server names is checked, and size (bytes) and sha256 (hexadecimal) if given. Raises
+    DataError.
     """
     if os.path.exists(path):
         return
-    part = f"{path}.part"
+    part, total = f"{path}.part", size
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {"User-Agent": "Mozilla/5.0", **({"Range": f"bytes={have}-"} if have else {})}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
-            have = have if response.status == 206 else 0    # else the server sends all of it
-            length = response.headers["Content-Length"]
-            total = have + int(length) if length else size
+            have = have if response.status == 206 else 0    # another answer is the whole file
+            if response.headers["Content-Length"]:
+                total = have + int(response.headers["Content-Length"])
             with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=os.path.basename(path), initial=have, total=total, unit="B", unit_scale=True, disable=None) as bar:
-                while chunk := response.read(2 ** 20):
+                    desc=path, initial=have, total=total, unit="B", unit_scale=True, disable=None) as bar:
+                while chunk := response.read(2**20):
                     file.write(chunk)
                     bar.update(len(chunk))
-                flush_and_close(file)
+                close_on_disk(file)
     except urllib.error.HTTPError as error:
-        if error.code == 416:                               # nothing there to go on with: the part is no use
+        if error.code == 416:                               # the server has nothing after what there is: start anew
             os.remove(part)
             return fetch(url, path, sha256, size)
         raise DataError(f"{url}: HTTP {error.code} {error.reason}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {getattr(error, 'reason', error)}; run the same command again to go on") from None
+        raise DataError(f"{url}: {getattr(error, 'reason', error)}") from None
     got = os.path.getsize(part)
     if total is not None and got < total:
-        raise DataError(f"{url}: broke off after {got} of {total} bytes; run the same command again to go on")
+        raise DataError(f"{url}: broke off at {got} of {total} bytes; the same command, run again, goes on there")
     if size not in (None, got) or sha256 not in (None, file_sha256(part)):
         os.remove(part)
-        raise DataError(f"{url}: not the expected file, its size ({got} bytes) or sha256 is another; it was removed")
+        raise DataError(f"{url}: what arrived is not the expected file (other size or sha256) and was removed")
     os.replace(part, path)
 
 # -----------------------------------------------------------------------------
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--dataset", default="stdlib", metavar="NAME", help="stdlib, pile, or a name for your --files")
-    p.add_argument("--files", nargs="+", metavar="FILE", help=".jsonl (one document a line, in the field text) or "
-                   ".txt (one document a file), maybe with .gz or .zst")
-    p.add_argument("--shards", nargs="+", type=int, metavar="N", help="pile: the parts to download, 0 to 29")
-    p.add_argument("--base_url", default=PILE_URL, help="pile: where the parts are")
-    p.add_argument("--tokenizer", metavar="T", help="gpt2, bytes, or bpe:N (N tokens, trained on the text); "
-                   "by default bpe:2048 for stdlib, else gpt2")
-    p.add_argument("--val_fraction", type=float, metavar="F", help="fraction of the documents that is for validation; "
-                   "by default " + ", ".join(f"{f} for {name}" for name, f in VAL_FRACTION.items()) + ", else 0.01")
-    p.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per .npy file")
-    p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets")
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--dataset", default="stdlib", metavar="NAME",
+                   help="stdlib (default), pile, or a name of your own for --files; made in DATA_DIR/NAME")
+    p.add_argument("--files", nargs="+", metavar="FILE",
+                   help=".jsonl (a document a line, in its field text) or .txt (a document each), also .gz or .zst")
+    p.add_argument("--shards", nargs="+", type=int, metavar="N", help="pile: parts to download, of 0 to 29")
+    p.add_argument("--base_url", default=PILE_URL, help="pile: where the parts are (default: %(default)s)")
+    p.add_argument("--tokenizer", help="gpt2 (default), bytes, or bpe:N, trained here; stdlib: bpe:2048")
+    p.add_argument("--val_fraction", type=float, metavar="F",
+                   help="of the documents, for validation (default: 0.01; stdlib 0.1, pile 0.005)")
+    p.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per file (default: %(default)s)")
+    p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets (default: %(default)s)")
     p.add_argument("--overwrite", action="store_true", help="replace the dataset if it is there")
-    p.add_argument("--check", action="store_true", help="only verify the dataset: sha256 and every id")
+    p.add_argument("--check", action="store_true", help="make nothing, verify it: every sha256, every token id")
     return p
 
 
@@ -602,7 +606,7 @@ def main(argv=None):
     try:
         if only_check:
             load(name, args["data_dir"], full=True)
-            print(f"{os.path.join(args['data_dir'], name)}: every shard is as it was made")
+            print(f"{os.path.join(args['data_dir'], name)} is as it was made")
         else:
             prepare(name, **args)
     except (DataError, OSError) as error:

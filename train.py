@@ -130,6 +130,8 @@ def check_args(args):
     for name in SIZES:
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
+    if args.block_size < 2:
+        raise ValueError(f"block_size must be at least 2, not {args.block_size}")
     for name in ["learning_rate", "muon_lr", "weight_decay", "grad_clip", "warmup_iters", "seed"]:
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{name} must not be negative, not {getattr(args, name)}")
@@ -396,9 +398,10 @@ def loop(args, model, fast, optimizers, make, validate, first, step_flops):
 
         numbers = all_reduce(torch.stack(pending)).cpu()                    # (steps, 2): loss and gradient norm; a sync
         bad = (~numbers.isfinite()).any(dim=1).nonzero()
-        if len(bad):
+        if len(bad) or saves and not all(p.isfinite().all() for p in model.parameters()):
             bar.close()
-            say(f"error: loss or gradient not finite at step {done - len(pending) + int(bad[0]) + 1}; "
+            at = done - len(pending) + 1 + int(bad[0]) if len(bad) else done
+            say(f"error: loss, gradient or weights not finite at step {at}; "
                 + (f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"))
             sys.exit(1)
         seconds = time.time() - clock

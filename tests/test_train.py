@@ -62,8 +62,9 @@ def assert_same(one, two, tolerance=0.0):
         for key in ("train_loss", "val_loss"):
             if key in a:
                 assert math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=0), (a["step"], key, a[key], b[key])
-    for name in w1:
-        assert torch.allclose(w1[name], w2[name], rtol=0, atol=tolerance * 10), name
+    for name in w1:         # rounding grows: Adam turns a tiny gradient into a full-sized step (and Muon much more so)
+        difference = (w1[name] - w2[name]).abs().max().item()
+        assert difference <= 100 * tolerance, f"{name} differs by {difference}"
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +102,16 @@ def test_vlm_with_a_single_ratio_is_mlm(runs):
 
 @pytest.mark.parametrize("objective", ["dar", "vlm"])
 def test_micro_batches_do_not_change_the_run(runs, objective):
-    one = runs("--objective", objective)
-    assert_same(one, runs("--objective", objective, "--batch_size", "2", "--eval_iters", "4"), 2e-5)
+    flags = ("--objective", objective, "--optimizer", "adamw")
+    assert_same(runs(*flags), runs(*flags, "--batch_size", "2", "--eval_iters", "4"), 2e-5)
 
 
 @pytest.mark.parametrize("objective", ["dar", "vlm"])
 def test_two_processes_are_one(runs, data_dir, tmp_path, objective):
     port = 20000 + os.getpid() % 20000
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
-    two = train(data_dir, tmp_path / "out", "--objective", objective, command=torchrun)
-    assert_same(runs("--objective", objective), two, 2e-5)
+    flags = ("--objective", objective, "--optimizer", "adamw")
+    assert_same(runs(*flags), train(data_dir, tmp_path / "out", *flags, command=torchrun), 2e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -181,12 +182,15 @@ def test_a_run_is_not_overwritten(data_dir, tmp_path):
     ("--learning_rate -1", "learning_rate"),
     ("--dataset nowhere", "nowhere"),
     ("--device quantum", "quantum"),
-    ("--block_size 4096 --batch_tokens 16384 --dataset toy", "window"),
+    ("--block_size 131072 --batch_tokens 524288", "window"),
     ("--resume", "no checkpoint"),
 ])
-def test_bad_flags_get_one_line_and_exit_2(data_dir, tmp_path, flags, message):
-    _, err = run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out", *flags.split(), code=2)
-    line = err.strip().splitlines()[-1]
+def test_bad_flags_get_one_line_and_exit_2(data_dir, tmp_path, capsys, flags, message):
+    import train as script
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*TINY, "--data_dir", str(data_dir), "--out_dir", str(tmp_path / "out"), *flags.split()])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error:" in line and message in line
     assert not (tmp_path / "out").exists(), "something was written for a run that cannot start"
 
