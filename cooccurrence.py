@@ -2,13 +2,13 @@
 The theory of "Look Ahead or Look Around?" (Zhang et al., ICML 2024, arXiv 2407.00935), on a toy language.
 
 An objective is a distribution over (context, target) pairs. Its matrix A[c, y] = P(context c, target y),
-normalised to N = D1^-1/2 A D2^-1/2, is what pretraining factorises. Its singular values 1 = s_1 >= s_2 >= ... say
-how well the bipartite graph of contexts and targets is connected, and that bounds the error of a linear probe.
+normalised to N = D1^-1/2 A D2^-1/2, is what pretraining factorises. Its singular values 1 = s_1 >= s_2 >= ...
+say how well the bipartite graph of contexts and targets is connected; that bounds the error of a linear probe.
 
-The paper's: this framework, Theorem 4.2 (masked singular values are smaller, so more samples are connected), dar,
-and that a fixed mask ratio does not fit generation. Derived here, and no quotation of its theorem, hypotheses or
-constants: every verdict and number below and every proposition in the tests. The default language was chosen, out
-of some twenty settings, because the ordering is clean there; where the claim fails is printed beside it.
+The paper's: this framework, Theorem 4.2 (masked singular values are smaller: more samples are connected), dar,
+and that a fixed mask ratio does not fit generation. Derived here, no quotation of its theorem, hypotheses or
+constants: every verdict and number below and every proposition in the tests. The default language was chosen,
+out of some twenty settings, because the ordering is clean there; where the claim fails is printed beside it.
 
     python cooccurrence.py                          # six parts, no data needed, about 15 seconds
     python cooccurrence.py --part 3                 # one of them
@@ -33,8 +33,8 @@ import numpy as np
 def language(C=3, S=3, n=6, eps=0.1, rho=0.5):
     """Joint distribution of every text of n tokens and its topic, (V,)*n + (C,) float64, V = C*S.
 
-    Topic z ~ U(C). A token is one of the S synonyms of z, or with probability eps any of the V. With probability
-    rho, though, v is followed by v+S+1 mod V: local structure (a collocation) that knows nothing of the topic.
+    Topic z ~ U(C). A token is one of the S synonyms of z, or with probability eps any of the V. But with
+    probability rho, v is followed by v+S+1 mod V: a collocation, local structure that ignores the topic.
     """
     V = C * S
     emit = np.repeat(np.eye(C), S, axis=0) * (1 - eps) / S + eps / V                # (V, C) P(x | z)
@@ -128,7 +128,7 @@ def report(s, C=3):
 
 
 def verdict(s, reference, C=3):
-    """E: every singular value smaller than the reference's, A: only in aggregate (chi2, tail), X: not smaller."""
+    """E: every singular value smaller than the reference's, A: only in aggregate (chi2, tail), X: not."""
     size = max(len(s), len(reference))
     a, b = (np.pad(v, (0, size - len(v))) for v in (s, reference))
     if (a <= b + 1e-6).all():                                              # a root of rounding errors is 1e-8
@@ -148,19 +148,20 @@ def part1(args):
     """Spectra and graphs of every objective, then mlm against ar by what happens to positions."""
     P, every, spectra, curve = language().sum(-1), range(1, 6), {}, []
     flat, small = language(rho=0).sum(-1), language(S=2, n=5).sum(-1)
-    print("Against ar of equal lengths. E: every s_i smaller, A: only in aggregate, X: NOT SMALLER, =: the same")
+    print("chi2: sum of s_i^2 beyond s_1, tail: beyond s_3, parts: components. Against ar of equal lengths:")
+    print("E: every singular value smaller, A: only in aggregate (chi2, tail), X: NOT SMALLER, =: the same")
     line("objective", *report(np.ones(4)), "degree", "against")
     for text, texts, objectives in [
             ("2 of 6 tokens visible", P, short_contexts()),
             ("1 to 5 visible", P, {"ar 1..5": ar(6, every), "dar(2) 1..5": dar(6, every, 2),
                                    "vlm(1..5)": vlm(6, every), "vlm(3..5)": vlm(6, range(3, 6))}),
             ("one mask: both neighbours visible", P, {"ar (5)": ar(6, [5]), "mlm(5)": mlm(6, 5)}),
-            ("exchangeable text: nothing to gain", flat, {"ar, rho = 0": ar(6, [2]), "mlm(2), rho = 0": mlm(6, 2)}),
+            ("exchangeable text: nothing to gain", flat, {"ar, rho=0": ar(6, [2]), "mlm(2), rho=0": mlm(6, 2)}),
             ("5 tokens, 6 words, and all masked tokens as one target: reversed", small,
              {"ar, n = 5": ar(5, [2]), "whole block": None})]:
         print("  - " + text)
         for name, pairs in objectives.items():
-            A = cooccurrence(texts, pairs) if pairs else texts.reshape(6 ** 2, 6 ** 3)      # columns x_3 x_4 x_5
+            A = cooccurrence(texts, pairs) if pairs else texts.reshape(6 ** 2, 6 ** 3)
             s = spectra[name] = singular(A)[0]
             reference = s if name.startswith("ar") else reference
             degree = np.count_nonzero(A) / len(A)
@@ -205,7 +206,7 @@ def factorize(A, rank, steps=500, seed=0):
 
 
 def cross_entropy(A, rank, d, seed=0):
-    """Left singular vectors (R, rank) of sqrt(p1 p2) u, where cross-entropy learns P(y|c) ~ p2(y) e^u, u centred.
+    """Left singular vectors (R, rank) of sqrt(p1 p2) u; cross-entropy learns P(y|c) ~ p2(y) e^u, u centred.
 
     Data: (1-d) p1 p2^T + d A. Up to third order in u, CE = const + (spectral loss)/2: they agree as d -> 0.
     Training F = D1^1/2 f instead of f is what lets L-BFGS converge.
@@ -251,7 +252,7 @@ def part2(args):
         f, g, loss = factorize(A, 3, seed=args.seed)
         numbers = identity, loss + (singular(A)[0][:3] ** 2).sum(), angle(root1 * f, left_vectors(A, 3))
         line(name, len(A), *(f"{abs(x):.0e}" for x in numbers), width=12)
-    print("\nCross-entropy, rank 2: angle (deg) to u_2, u_3, dependence scaled by d. Equal to second order only")
+    print("\nCross-entropy, rank 2: angle (deg) to u_2, u_3, dependence scaled by d. Equal to second order")
     line("d", "1", "0.3", "0.1", "0.03")
     for name in ("ar", "mlm(2)"):
         U = left_vectors(matrices[name], 3)[:, 1:]
@@ -262,7 +263,7 @@ def part2(args):
 # 3. Classification: a linear probe for the topic
 
 def features(contexts, A, k):
-    """D1^-1/2 U_k S_k = P(target | c) D2^-1/2 W_k (M, k): A's top directions for contexts, rows (M, V) of A."""
+    """D1^-1/2 U_k S_k = P(target | c) D2^-1/2 W_k (M, k): A's top directions for contexts, rows (M, V)."""
     E = inverse_sqrt(A.sum(0))[:, None] * singular(A)[1][:, :k]
     return inverse_sqrt(contexts.sum(1))[:, None] ** 2 * contexts @ E
 
@@ -277,7 +278,7 @@ def probe(x, labels, fit=slice(None), test=slice(None)):
 
 
 def bound(A, labels, k):
-    """phi, phi/(1 - s_{k+1}^2), R_k. phi: disagreement of the label posteriors over a walk context-target-context.
+    """phi, phi/(1 - s_{k+1}^2), R_k. phi: disagreement of label posteriors over a walk context-target-context.
     R_k: squared error of the best probe of k features, bounded by the second. labels (R, C): P(c, z)."""
     Y = labels * inverse_sqrt(labels.sum(1, keepdims=True))                         # (R, C) D1^1/2 P(z|c)
     phi = (Y ** 2).sum() - ((normalize(A).T @ Y) ** 2).sum()
@@ -285,8 +286,8 @@ def bound(A, labels, k):
 
 
 def classification(joint, P, ranks=(3, 9)):
-    """{objective: [probe error at each rank]} on the contexts x_1 x_2, which every objective has. Features come
-    from the distribution of texts P, labels from `joint`: the probe always knows the true posterior."""
+    """{objective: [probe error at each rank]} on contexts x_1 x_2, which every objective has. Features are from
+    the distribution of texts P, labels from `joint`: the probe always knows the true posterior."""
     labels, errors = cooccurrence(joint, [((0, 1), 6, 1)]), {}                      # axis 6 is the topic
     for name, pairs in short_contexts().items():
         A, prefixes = cooccurrence(P, pairs), cooccurrence(P, [pair for pair in pairs if pair[0] == (0, 1)])
@@ -310,7 +311,7 @@ def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
 def part3(args):
     """The probe where the ordering is clean, and where it is not; the learning curve."""
     for rho, text in [(0.5, "rho = 0.5, the default language: smaller singular values, better probe"),
-                      (0.8, "rho = 0.8: every singular value smaller, yet a WORSE probe; the bound is no law")]:
+                      (0.8, "rho = 0.8: every singular value smaller, yet a WORSE probe: a bound is no law")]:
         joint = language(rho=rho)
         P, errors = joint.sum(-1), classification(joint, joint.sum(-1))
         print(f"{text}. Bayes error {1 - cooccurrence(joint, [((0, 1), 6, 1)]).max(1).sum():.4f}")
@@ -333,7 +334,7 @@ def part3(args):
 # 4. Contexts that never repeat
 
 def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
-    """N texts, rho = 0, each a context (k tokens) of its own: topics (N, C) one-hot, bags (N, V), {objective: A}."""
+    """N texts, rho = 0, each its own context of k tokens: topics (N, C) one-hot, bags (N, V), matrices (N, V)."""
     rng, V = np.random.default_rng((seed, N)), C * S
     z = rng.integers(C, size=N)
     synonym, noise = z[:, None] * S + rng.integers(S, size=(N, n)), rng.integers(V, size=(N, n))
@@ -345,13 +346,13 @@ def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
 
 
 def limit(t, C=4, V=60, eps=0.2):
-    """Spectrum as N -> infinity, t targets per context: s^2 = 1/t + (1 - 1/t) lambda, lambda of the topic model."""
+    """Spectrum as N -> infinity, t targets per context: s^2 = 1/t + (1 - 1/t) lambda, from the topic model."""
     return np.sqrt(1 / t + (1 - 1 / t) * np.array([1] + [(1 - eps) ** 2] * (C - 1) + [0] * (V - C)))
 
 
 def part4(args):
     """Measurement beside closed form."""
-    print("ar: V stars, not connected. t targets per context connect them, tail -> (V-C)/t. Mean of 3 samples")
+    print("ar: V stars, not connected. t targets per context connect them, tail -> (V-C)/t. Mean of 3 runs")
     line("objective", "N", "parts", "s_2", "limit", "chi2", "limit", "tail", "limit", "err k=4", "k=60")
     for N in (50, 200, 1000, 4000):
         rows, pooled, halves = {}, [], (slice(N // 2), slice(N // 2, N))
@@ -365,9 +366,10 @@ def part4(args):
         for (name, values), t in zip(rows.items(), (1, 2, 4, 8, 8)):
             parts, s2, chi2, tail, low, full = np.mean(values, axis=0)
             r = report(limit(t), 4)
-            low = "-" if t == 1 else low                                            # any 4 of ar's 60 equal directions
+            low = "-" if t == 1 else low                    # ar: any 4 of 60 equal directions, not identified
             line(name, N, f"{parts:.1f}", s2, r["s_2"], chi2, r["chi2"], tail, r["tail"], low, full)
-    print(f"But ar pooled over all prefixes, at full rank, is a bag of words: error {np.mean(pooled):.3f}, as good as any")
+    print("But at full rank and pooled over all prefixes ar is a bag of words, as good as any: error "
+          f"{np.mean(pooled):.3f}")
     return {}
 
 # -----------------------------------------------------------------------------
@@ -376,7 +378,7 @@ def part4(args):
 TRAINED = {"ar = vlm(1..5)": range(1, 6), "mlm(5)": [5], "mlm(3)": [3], "vlm(3..5)": [3, 4, 5]}
 
 def prompts(P):
-    """Multisets of 0..n-1 visible tokens: counts (M, V), P(multiset, next token | length) (M, V), length (M,)."""
+    """Multisets of 0..n-1 tokens: counts (M, V), P(multiset, next token | length) (M, V), length (M,)."""
     V, counts, joint = P.shape[0], [], []
     for m in range(P.ndim):
         texts = np.array(list(product(range(V), repeat=m)), dtype=int).reshape(V ** m, m)
@@ -390,13 +392,13 @@ def prompts(P):
 def generation(hidden=32, runs=3, seed=0, steps=1000):
     """Excess log-loss in nats over the truth, {objective: (runs, 6)}, prompt lengths 0..5, exchangeable text.
 
-    There the next token given m tokens is the masked token given any m: only the lengths trained on differ. The
-    model, an MLP or with hidden = 0 log-linear, sees token counts; all runs are trained side by side.
+    There the next token given m tokens is the masked token given any m: only the lengths trained on differ.
+    The model, an MLP or with hidden = 0 log-linear, sees token counts; all runs are trained side by side.
     """
     import torch
     counts, joint, length = prompts(language(S=2, rho=0).sum(-1))
     share = np.stack([sum(length == m for m in K) / len(K) for K in TRAINED.values() for _ in range(runs)])
-    x, weight = torch.from_numpy(counts), torch.from_numpy(share[:, :, None] * joint)       # .., (models, M, V)
+    x, weight = torch.from_numpy(counts), torch.from_numpy(share[:, :, None] * joint)    # .., (models, M, V)
     generator = torch.Generator().manual_seed(seed)
 
     def start(fan_in, fan_out):                                                # (models, in, out), N(0, 1/in)
@@ -448,7 +450,7 @@ def part5(args):
 # 6. Real text: contexts of one token, exact counts
 
 def tokens(*paths, V=500, limit=10**6):
-    """First words, numbers and signs of text files, lower-case: ids (T,) of the V-1 most common, one for others."""
+    """First words, numbers, signs of text files, lower-case: ids (T,) of the V-1 most common, one for others."""
     words = []
     for path in paths:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -464,7 +466,7 @@ def real_text(ids, seed=0, window=8):
     B = {d: bigrams(ids, d) for d in range(1, window)}
     matrices = {f"dar({t})": sum(B[d] for d in range(1, t + 1)) / t for t in (1, 2, 4, 7)}
     matrices["mlm(1)"] = sum((window - d) * (B[d] + B[d].T) for d in B) / (window * (window - 1))
-    matrices["noise"] = bigrams(np.random.default_rng(seed).permutation(ids), 1)    # what sampling alone gives
+    matrices["noise"] = bigrams(np.random.default_rng(seed).permutation(ids), 1)   # what sampling alone gives
     return {name.replace("dar(1)", "ar"): singular(A)[0] for name, A in matrices.items()}
 
 
@@ -474,13 +476,12 @@ def part6(args):
     for name, files in {**texts, **({args.text: [args.text]} if args.text else {})}.items():
         ids = tokens(*files)
         spectra = real_text(ids, args.seed)
-        print(f"{name}: {len(ids)} tokens, sampling alone gives chi2 = (V-1)^2/T = {ids.max() ** 2 / len(ids):.3f};"
-              " last column: s_i <= ar's for the first ..")
-        line("objective", "chi2", "tail>10", "s_2", "s_11", "smaller", width=12)
+        print(f"{name}: {len(ids)} tokens, sampling alone gives chi2 (V-1)^2/T = {ids.max() ** 2 / len(ids):.3f}")
+        line("objective", "chi2", "tail>10", "s_2", "s_11", "first s_i<=ar", width=15)
         for objective, s in spectra.items():
             above = np.flatnonzero(s > spectra["ar"] + 1e-6)
             smaller = f"{above[0] if len(above) else len(s)} of {len(s)}"
-            line(objective, *list(report(s, 10).values())[:4], smaller, width=12)
+            line(objective, *list(report(s, 10).values())[:4], smaller, width=15)
     print("In aggregate and for the leading values as claimed, but not for every single one.")
     return {"text": name, "real": spectra}
 
@@ -511,7 +512,8 @@ def figure(path, spectra, masking, errors, sizes, excess, text, real):
 
 
 PARTS = {"Objectives as matrices": part1, "Self-supervised loss = matrix factorisation": part2,
-         "Classification": part3, "Contexts that never repeat": part4, "Generation": part5, "Real text": part6}
+         "Classification": part3, "Contexts that never repeat": part4, "Generation": part5,
+         "Real text": part6}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The paper's theory on a toy language and on real text.")
@@ -526,7 +528,7 @@ def main(argv=None):
         if args.plot and args.part:
             raise ValueError("--plot needs all parts: leave out --part")
         if args.text and len(set(tokens(args.text))) < 20:
-            raise ValueError(f"{args.text} has fewer than 20 different words and signs, too few to count pairs")
+            raise ValueError(f"{args.text} has fewer than 20 different words and signs, too few for a spectrum")
         if args.plot:
             import matplotlib                                               # noqa: F401, fail before the work
             open(args.plot, "ab").close()

@@ -219,12 +219,11 @@ def train_bpe(words, n_tokens):
     heap = [(-n, pair) for pair, n in counts.items()]
     heapq.heapify(heap)
     while len(tokens) < n_tokens:
-        if not heap:
+        if not heap or heap[0][0] == 0:
             raise DataError(f"the text has pairs for bpe:{len(tokens) + 1} at most: use a smaller vocabulary")
         n, pair = heapq.heappop(heap)
         if -n != counts[pair]:                              # other merges took some: back, at its true place
-            if counts[pair]:
-                heapq.heappush(heap, (-counts[pair], pair))
+            heapq.heappush(heap, (-counts[pair], pair))
             continue
         a, b, new, created = *pair, len(tokens), set()
         tokens.append(tokens[a] + tokens[b])

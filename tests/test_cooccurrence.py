@@ -112,8 +112,8 @@ def contexts_of(pairs, V, n):
 def draw_pairs(o, P, count, seed):
     """(context, target) of at most one scored position of each of `count` sequences.
 
-    One per sequence, because positions of one sequence are dependent. It is proposed uniformly and kept with a
-    probability equal to its weight: what is kept has the distribution that the weighted loss averages over.
+    One per sequence, because positions of one sequence are dependent. It is proposed uniformly and kept with
+    a probability equal to its weight: what is kept has the distribution that the weighted loss averages over.
     """
     rng = np.random.default_rng(seed)
     n, V, T = P.ndim, P.shape[0], o.block_size
@@ -207,6 +207,14 @@ def test_table_3a_all_lengths(P):
     for t, number in [(1, 2.174), (2, 1.111), (3, 0.925), (5, 0.874)]:
         s = spectrum(cooccurrence(P, dar(6, every, t)))
         assert (s ** 2).sum() - 1 == pytest.approx(number, abs=6e-4) and verdict(s, reference) in "E="
+
+    for tgt, numbers, marks in [("none", [2.343, .866, .545, .433], "=EEE"),
+                                ("row", [2.343, 1.550, 1.165, .952], "=EEE"),
+                                ("col", [2.343, 1.550, 1.165, .952], "=AAA")]:
+        reference = spectrum(cooccurrence(P, ar(6, [2]), tgt=tgt))
+        for t, number, mark in zip((1, 2, 3, 4), numbers, marks):
+            s = spectrum(cooccurrence(P, dar(6, [2], t), tgt=tgt))
+            assert (s ** 2).sum() - 1 == pytest.approx(number, abs=6e-4) and verdict(s, reference) == mark
 
 
 def test_spectra_of_section_3(P):

@@ -19,10 +19,10 @@ DOCSTRINGS = [line.split(" #")[0].strip() for path in sorted(ROOT.glob("*.py")) 
 def test_command_is_accepted_by_its_script(command):
     words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    script = importlib.import_module(words[at].removesuffix(".py"))
-    if "[-h]" in " ".join(words) or "--help" in words:
-        return
-    script.build_parser().parse_args(words[at + 1:])        # exits, and so fails, on a flag that is not there
+    name = words[at].removesuffix(".py")
+    script = importlib.import_module("flags" if name == "train" else name)
+    if "--help" not in words:
+        script.build_parser().parse_args(words[at + 1:])    # exits, and so fails, on a flag that is not there
 
 
 def test_links_lead_somewhere():
@@ -40,5 +40,5 @@ def test_flags_named_in_prose_exist():
     known = set()
     for path in ROOT.glob("*.py"):
         known |= set(re.findall(r'"(--[a-z_]+)"', path.read_text())) | {f"--{n}" for n in re.findall(r'\("([a-z_]+)", "', path.read_text())}
-    foreign = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
+    foreign = {"--help", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     assert set(re.findall(r"(?<!-)--[a-z_]+", README)) - foreign <= known

@@ -1,0 +1,291 @@
+"""
+The tasks of eval_glue.py: reading GLUE's official files, two built-in tasks, and the metrics.
+
+    from glue_data import load_task
+    task = load_task("RTE", "data/glue")                # downloaded to data/glue if it is not there
+
+GLUE (Wang et al. 2019) is nine tasks on English sentences; labels of its test sets are not public, so everyone reports
+on dev. The built-in tasks `stdlib-topic` and `stdlib-pair` need no download and stand in for GLUE in a first run; they
+are not GLUE. Their training examples come from files of the running Python's library that data.py puts into the training
+split, their test examples from files of its validation split: no test file was seen in pretraining or by the probe.
+"""
+import os
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from data import VAL_FRACTION, DataError, document_is_val, fetch, stdlib_files
+
+# -----------------------------------------------------------------------------
+# Metrics. predicted, true: (n,) arrays of class numbers, or of scores for the correlations. Each returns a float
+
+def accuracy(predicted, true):
+    return float(np.mean(predicted == true))
+
+
+def f1(predicted, true):
+    """2 TP / (2 TP + FP + FN) of class 1; 0 if class 1 neither occurs nor is predicted."""
+    tp = np.sum((predicted == 1) & (true == 1))
+    either = np.sum(predicted == 1) + np.sum(true == 1)                     # = 2 TP + FP + FN
+    return float(2 * tp / either) if either else 0.0
+
+
+def matthews(predicted, true):
+    """Matthews correlation of two binary arrays: Pearson's. 0 if either is constant."""
+    return pearson(predicted, true)
+
+
+def pearson(predicted, true):
+    """0 if either array is constant, where it is not defined."""
+    if np.ptp(predicted) == 0 or np.ptp(true) == 0:
+        return 0.0
+    x, y = predicted - np.mean(predicted), true - np.mean(true)
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def spearman(predicted, true):
+    """Pearson correlation of the ranks, where equal values share their mean rank."""
+    return pearson(ranks(predicted), ranks(true))
+
+
+def ranks(values):
+    """(n,) float64: 1 for the smallest; equal values get the mean of their places."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()                                                  # place of each value's last occurrence
+    return (last - (counts - 1) / 2)[inverse]
+
+
+METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "Spearman": spearman}
+
+
+def bootstrap(metric, predicted, true, samples=500):
+    """Standard error of metric(predicted, true): its standard deviation over resamples of the test examples."""
+    rng = np.random.default_rng(0)
+    picks = (rng.integers(len(true), size=len(true)) for _ in range(samples))
+    return float(np.std([metric(predicted[i], true[i]) for i in picks], ddof=1))
+
+# -----------------------------------------------------------------------------
+# GLUE
+
+class Layout(NamedTuple):
+    """Where a task's text and labels are. Columns are names in the header, or numbers where there is no header."""
+    url: str                                # after GLUE_URL
+    text: tuple                             # one or two columns
+    label: object                           # column
+    labels: tuple                           # values of the label, class 0 first; () for a score (regression)
+    metrics: tuple
+    dev: tuple = ("dev.tsv",)
+
+
+class Task(NamedTuple):
+    """Examples are lists of (text,) or (text, text); y is an array of class numbers, or of scores if classes is ()."""
+    name: str
+    train: list
+    y: np.ndarray
+    groups: np.ndarray                      # of the training examples: equal numbers are never split between fit and
+    dev: dict                               # held-out. dev: {"": (examples, y)}, or "matched" and "mismatched"
+    classes: tuple
+    metrics: tuple
+    malformed: int                          # rows that were skipped
+
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
+BINARY, NLI = ("0", "1"), ("entailment", "not_entailment")
+GLUE = {
+    "CoLA": Layout("CoLA.zip", (3,), 1, BINARY, ("Matthews",)),
+    "SST-2": Layout("SST-2.zip", ("sentence",), "label", BINARY, ("accuracy",)),
+    "MRPC": Layout("mrpc_dev_ids.tsv", ("#1 String", "#2 String"), "Quality", BINARY, ("F1", "accuracy")),
+    "STS-B": Layout("STS-B.zip", ("sentence1", "sentence2"), "score", (), ("Pearson", "Spearman")),
+    "QQP": Layout("QQP-clean.zip", ("question1", "question2"), "is_duplicate", BINARY, ("F1", "accuracy")),
+    "MNLI": Layout("MNLI.zip", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"),
+                   ("accuracy",), ("dev_matched.tsv", "dev_mismatched.tsv")),
+    "QNLI": Layout("QNLIv2.zip", ("question", "sentence"), "label", NLI, ("accuracy",)),
+    "RTE": Layout("RTE.zip", ("sentence1", "sentence2"), "label", NLI, ("accuracy",)),
+    "WNLI": Layout("WNLI.zip", ("sentence1", "sentence2"), "label", BINARY, ("accuracy",)),
+}
+
+
+def read_tsv(path, layout):
+    """(examples, labels (n,), number of malformed rows) of an official file. Raises DataError for a wrong one.
+
+    Fields are separated by tabs and quotes mean nothing (they occur in the text). A row that is too short or has
+    another label is malformed.
+    """
+    with open(path, encoding="utf-8-sig", newline="\n") as file:            # MRPC begins with a byte order mark
+        try:
+            rows = [line.rstrip("\r\n").split("\t") for line in file]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: invalid UTF-8: {error.reason}") from None
+    columns = [*layout.text, layout.label]
+    if isinstance(layout.label, str):                                       # the first row is a header
+        header = rows[0] if rows else []
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise DataError(f"{path}: no column {missing[0]!r} in its header: is it the official file, with labels?")
+        columns, rows = [header.index(name) for name in columns], rows[1:]
+    examples, labels = [], []
+    for row in rows:
+        label = read_label(row[columns[-1]], layout.labels) if len(row) > max(columns) else None
+        if label is not None:
+            examples.append(tuple(row[i] for i in columns[:-1]))
+            labels.append(label)
+    malformed = len(rows) - len(examples)
+    if malformed >= len(examples):
+        raise DataError(f"{path}: {malformed} of {len(rows)} rows are malformed: is it the official file, with labels?")
+    return examples, np.array(labels), malformed
+
+
+def read_label(text, labels):
+    """Class number, or score from 0 to 5 if labels is empty; None if it is neither."""
+    if labels:
+        return labels.index(text) if text in labels else None
+    try:
+        return float(text) if 0 <= float(text) <= 5 else None
+    except ValueError:
+        return None
+
+
+def load_glue(name, glue_dir, download):
+    layout, folder = GLUE[name], os.path.join(glue_dir, name)
+    files = ["train.tsv", *layout.dev]
+    if name == "MRPC" and os.path.exists(os.path.join(folder, "msr_paraphrase_train.txt")):
+        split_mrpc(folder)
+    for file in files:
+        path = os.path.join(folder, file)
+        if not os.path.exists(path):
+            if not download:
+                raise DataError(f"{path} is not there: leave out --glue_dir to download it, or the task")
+            download_glue(name, glue_dir, files)
+    (train, y, bad), *dev = [read_tsv(os.path.join(folder, file), layout) for file in files]
+    names = [file[4:-4] for file in layout.dev]                             # "" or matched, mismatched
+    return Task(name, train, y, np.arange(len(y)), {n: d[:2] for n, d in zip(names, dev)}, layout.labels,
+                layout.metrics, bad + sum(d[2] for d in dev))
+
+
+def download_glue(name, glue_dir, files, base_url=GLUE_URL, mrpc_url=MRPC_URL):
+    """Fetch the files of a task into glue_dir/NAME. Raises DataError."""
+    folder = os.path.join(glue_dir, name)
+    os.makedirs(folder, exist_ok=True)
+    url = base_url + GLUE[name].url
+    archive = os.path.join(folder, GLUE[name].url)
+    fetch(url, archive)
+    if name == "MRPC":
+        fetch(mrpc_url, os.path.join(folder, "msr_paraphrase_train.txt"))
+        split_mrpc(folder)
+    else:
+        extract(archive, folder, [f"{name}/{file}" for file in files])
+        os.remove(archive)
+
+
+def extract(archive, folder, members):
+    """Write the named members of a zip into folder, without their path. Raises DataError if it is not what we want.
+
+    Nothing else is written, so a member with a path that leads elsewhere does no harm; such an archive is refused.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for name in zipped.namelist():
+                if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
+                    raise DataError(f"{archive}: refused, it holds a path that leads out of it: {name!r}")
+            for member in members:
+                write_whole(os.path.join(folder, os.path.basename(member)), zipped.read(member))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DataError(f"{archive} is damaged or not the official one ({error}): remove it and try again") from None
+
+
+def write_whole(path, content):
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    os.replace(f"{path}.tmp", path)
+
+
+def split_mrpc(folder):
+    """train.tsv and dev.tsv from msr_paraphrase_train.txt: a row is dev if mrpc_dev_ids.tsv lists its pair of ids."""
+    try:
+        with open(os.path.join(folder, "mrpc_dev_ids.tsv"), "rb") as file:
+            dev_ids = {tuple(line.strip().split(b"\t")) for line in file}
+        with open(os.path.join(folder, "msr_paraphrase_train.txt"), "rb") as file:
+            header, *rows = file.readlines()
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{folder}: MRPC cannot be split into train and dev: {error}") from None
+    split = {"train.tsv": [header], "dev.tsv": [header]}
+    for row in rows:
+        split["dev.tsv" if tuple(row.split(b"\t")[1:3]) in dev_ids else "train.tsv"].append(row)
+    for file, lines in split.items():
+        write_whole(os.path.join(folder, file), b"".join(lines))
+
+# -----------------------------------------------------------------------------
+# Built-in tasks, from the source text of the running Python's standard library
+
+CHUNK = 320                                 # characters, about 110 tokens of the default vocabulary
+MAX_CLASSES, PER_CLASS, PER_FILE = 16, 250, 40              # PER_*: chunks of a training class, of a file
+
+
+def chunks(text):
+    """The non-overlapping pieces of CHUNK characters, at most PER_FILE of them, evenly spread over the text."""
+    starts = np.arange(0, len(text) - CHUNK + 1, CHUNK)
+    if len(starts) > PER_FILE:
+        starts = starts[np.linspace(0, len(starts) - 1, PER_FILE).astype(int)]
+    return [text[i:i + CHUNK] for i in starts]
+
+
+def stdlib_chunks(files):
+    """{False: training, True: test} -> [(top-level package or "", file number, [chunks])], one for each file."""
+    split = {False: [], True: []}
+    for number, (path, text) in enumerate(files):
+        package = path.split("/")[0] if "/" in path else ""
+        split[document_is_val(text, VAL_FRACTION["stdlib"])].append((package, number, chunks(text)))
+    return split
+
+
+def stdlib_topic(files):
+    """From which top-level package is this chunk? The MAX_CLASSES packages with the most training chunks."""
+    split = stdlib_chunks(files)
+    size = {part: {} for part in split}
+    for part, members in split.items():
+        for package, _, texts in members:
+            size[part][package] = size[part].get(package, 0) + len(texts)
+    packages = sorted((p for p in size[False] if p and size[True].get(p, 0) >= 5), key=lambda p: (-size[False][p], p))
+    classes = tuple(sorted(packages[:MAX_CLASSES]))
+    rng, rows = np.random.default_rng(0), {False: [], True: []}
+    for part, members in split.items():
+        for label, package in enumerate(classes):
+            mine = [((text,), label, number) for p, number, texts in members if p == package for text in texts]
+            rows[part] += [mine[i] for i in sorted(rng.permutation(len(mine))[:PER_CLASS])]
+    return make_task("stdlib-topic", rows, classes)
+
+
+def stdlib_pair(files):
+    """Does the second half continue the first? Each chunk's first half occurs twice: with its own second half
+    (class 1) and with that of a chunk of another file (class 0). Both halves are distributed alike in both classes, so
+    a linear probe on a mean of token embeddings, a sum over the halves, is at chance."""
+    rng, rows = np.random.default_rng(0), {False: [], True: []}
+    for part, members in stdlib_chunks(files).items():
+        all_chunks = [(text, number) for _, number, texts in members for text in texts[::4]]
+        all_chunks = [all_chunks[i] for i in rng.permutation(len(all_chunks))[:2000]]
+        all_chunks.sort(key=lambda chunk: chunk[1])
+        n, half = len(all_chunks), CHUNK // 2
+        largest = np.bincount([number for _, number in all_chunks]).max()   # a shift by more than a file is another file
+        shift = int(rng.integers(largest, max(largest, n - largest) + 1))
+        for i, (text, number) in enumerate(all_chunks):
+            other = all_chunks[(i + shift) % n][0]
+            rows[part] += [((text[:half], text[half:]), 1, number), ((text[:half], other[half:]), 0, number)]
+    return make_task("stdlib-pair", rows, ("other", "continues"))
+
+
+def make_task(name, rows, classes):
+    if len(classes) < 2 or not rows[False] or not rows[True]:
+        raise DataError(f"{name}: the standard library of this Python has too few source files")
+    (train, y, groups), (test, test_y, _) = [list(zip(*rows[part])) for part in (False, True)]
+    return Task(name, list(train), np.array(y), np.array(groups), {"": (list(test), np.array(test_y))}, classes,
+                ("accuracy",), 0)
+
+
+STDLIB = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
+
+
+def load_task(name, glue_dir, download=True):
+    """The Task of that name. Raises DataError, one line."""
+    return STDLIB[name](stdlib_files()) if name in STDLIB else load_glue(name, glue_dir, download)
