@@ -7,9 +7,9 @@ Text -> documents -> tokens -> memory-mapped shards -> windows. numpy only: noth
     python data.py --dataset mine --check                   # sha256 of every shard, every token id
 
 A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after each
-document), tokenizer.json, and meta.json (sources, counts, sha256), which comes last: without it there is no
-dataset. A file gets its name when it is complete. After a crash the same command starts anew and makes the same
-bytes, on any number of cores (downloads go on where they broke off).
+document), tokenizer.json, and meta.json (sources, counts, sha256), which comes last: without it there is
+no dataset. A file gets its name when it is complete. After a crash the same command starts anew and makes
+the same bytes, on any number of cores (downloads go on where they broke off).
 """
 import argparse
 import codecs
@@ -22,11 +22,12 @@ import os
 import re
 import sys
 import sysconfig
-import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import regex
@@ -68,8 +69,8 @@ def stdlib_files():
 def documents(source):
     """Yield the documents of STDLIB or of a .jsonl or .txt file (also with .gz or .zst after it).
 
-    What cannot be used, a line or a whole .txt file, is yielded as a DataError that names file and line. Raises
-    DataError for an archive that is damaged or ends early, and for a file that holds no document.
+    What cannot be used, a line or a whole .txt file, is yielded as a DataError that names file and line.
+    Raises DataError for an archive that is damaged or ends early, and for a file that holds no document.
     """
     if source == STDLIB:
         yield from ([text] for _, text in stdlib_files())
@@ -120,7 +121,7 @@ def json_text(line):
     except (KeyError, TypeError, AttributeError):
         raise DataError('no field "text" with a string') from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"broken JSON: {error}") from None
+        raise DataError(f"broken JSON: {getattr(error, 'msg', error)}") from None
 
 
 def text_document(path):
@@ -147,17 +148,19 @@ def decoded(path):
     yield decoder.decode(b"", final=True)
 
 
+CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
 def cut(document):
     """Yield (text, whether it is the last) for the pieces of a document, at most PIECE characters each.
 
     A piece ends before a space or newline that follows another character: no word of PATTERN crosses such a
-    place, so the tokens are those of the whole document. (If half a piece has no such place, it ends anywhere.)
+    place, so the tokens are those of the whole document. (Without one in its second half it ends anywhere.)
     """
     rest, start = "", 0
     for text in document:
         rest, start = rest[start:] + text, 0
         while len(rest) - start > PIECE:
-            match = re.compile(r"(?s).*\S(?=[ \n])").match(rest, start + PIECE // 2, start + PIECE)
+            match = CUT.match(rest, start + PIECE // 2, start + PIECE)
             end = match.end() if match else start + PIECE
             yield rest[start:end], False
             start = end
@@ -166,7 +169,7 @@ def cut(document):
 
 
 def document_is_val(text, val_fraction):
-    """Whether a document is for validation: by a hash of its beginning, so order and neighbours don't matter."""
+    """Whether a document is for validation: by a hash of its beginning, so its order does not matter."""
     digest = hashlib.blake2b(text[:PIECE // 2].encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
@@ -185,7 +188,7 @@ def pieces(sources, val_fraction, report):
 
 
 def sample(sources, val_fraction):
-    """Yield text of the training split, BPE_SAMPLE characters, equally many from the beginning of each source."""
+    """Yield text of the training split: BPE_SAMPLE characters, equal shares from the start of each source."""
     for source in sources:
         left = max(1, BPE_SAMPLE // len(sources))
         for split, text, _ in pieces([source], val_fraction, report=lambda error: None):
@@ -203,11 +206,11 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 
 
 def train_bpe(words, n_tokens):
-    """Byte-pair encoding (Sennrich et al. 2016; on bytes, as GPT-2): a list of n_tokens tokens, bytes objects.
+    """Byte-pair encoding (Sennrich et al. 2016; on bytes, as GPT-2): a list of n_tokens bytes objects.
 
-    words: {word as bytes: how often it occurs}. Start from the 256 bytes; again and again, the most frequent pair
-    of neighbouring tokens becomes a new token (of equally frequent ones, the pair with the smallest ids). Counts
-    are updated where the pair occurs; a heap entry may be out of date, which shows when it is popped.
+    words: {word as bytes: how often it occurs}. Start from the 256 bytes; again and again, the most frequent
+    pair of neighbouring tokens becomes a new token (of equals, the pair with the smallest ids). Counts are
+    updated where the pair occurs; a heap entry may be out of date, which shows when it is popped.
     """
     tokens = [bytes([b]) for b in range(256)]
     words = [(list(word), n) for word, n in words.items()]
@@ -250,8 +253,8 @@ def train_bpe(words, n_tokens):
 def make_tokenizer(name, texts):
     """The tokenizer "gpt2", "bytes" or "bpe:N" as JSON, see `build_encoding`.
 
-    bpe:N has N ids, end-of-text included, and is trained on texts, an iterable of strings (only bpe:N reads it),
-    on at most the first 256 bytes of each word.
+    bpe:N has N ids, end-of-text included, and is trained on texts, an iterable of strings (which the others
+    leave alone), on at most the first 256 bytes of each word.
     """
     if not name.startswith("bpe:"):
         return {"name": name}
@@ -265,7 +268,7 @@ def make_tokenizer(name, texts):
 
 
 def build_encoding(spec):
-    """The tiktoken.Encoding of {"name": "gpt2" | "bytes"} or {"name", "pattern", "tokens": latin-1 strings}."""
+    """The tiktoken.Encoding of {"name": "gpt2" or "bytes"}, or {"name", "pattern", "tokens" in latin-1}."""
     if spec["name"] == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -352,7 +355,7 @@ class ShardWriter:
                 self.close()
 
     def write_header(self):
-        """It is written again at the end: numpy pads it, so its length does not depend on the number of tokens."""
+        """Written again at the end: numpy pads it, so its length does not depend on the number of tokens."""
         self.file.seek(0)
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.tokens,)}
         np.lib.format.write_array_header_1_0(self.file, header)
@@ -394,7 +397,7 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
     """Make the dataset data_dir/name, unless it is there, and return its meta.json. Raises DataError.
 
     name: "stdlib"; "pile" with `shards`, a list of numbers; or any other with `files`, a list of paths.
-    tokenizer: "gpt2", "bytes" or "bpe:N"; default: bpe:2048 for stdlib, else gpt2. val_fraction: of documents.
+    tokenizer: "gpt2", "bytes" or "bpe:N"; by default bpe:2048 for stdlib, else gpt2.
     """
     folder = os.path.join(data_dir, name)
     files = [str(path) for path in files or []]
@@ -420,7 +423,8 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
         fetch(url, path)
     meta = write_dataset(folder, downloads or wanted["sources"], wanted)
     for split, total in meta["splits"].items():
-        print(f"{folder}: {split} {total['documents']} documents, {total['bytes']} bytes, {total['tokens']} tokens")
+        counts = ", ".join(f"{total[key]:,} {key}" for key in ("documents", "bytes", "tokens"))
+        print(f"{folder}: {split}: {counts}")
     return meta
 
 
@@ -468,13 +472,14 @@ def write_dataset(folder, sources, wanted):
             totals[split].update(tokens=len(ids), bytes=size, documents=int(last))
             bar.update(size)
     if skipped:
-        print(f"skipped {skipped} in all", file=sys.stderr)
+        print(f"skipped {skipped} lines or files in all", file=sys.stderr)
     for split, change in [("train", "lower"), ("val", "raise")]:
         writers[split].close()
         if not totals[split]["documents"]:
-            raise DataError(f"no document fell into {split}: {change} --val_fraction ({wanted['val_fraction']}), "
-                            "or add documents")
-    meta = {**wanted, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype, "skipped": skipped,
+            raise DataError(f"no document fell into {split}: {change} --val_fraction, which is "
+                            f"{wanted['val_fraction']}, or add documents")
+    meta = {**wanted, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype,
+            "skipped": skipped,
             "splits": {split: {**totals[split], "shards": writers[split].shards} for split in splits}}
     write_json(os.path.join(folder, "meta.json"), meta)
     return meta
@@ -485,8 +490,8 @@ def write_dataset(folder, sources, wanted):
 def load(name, data_dir=DATA_DIR, full=False):
     """A dataset as (meta.json, {"train": [ids of each shard, memory-mapped], "val": [...]}).
 
-    Raises DataError for a dataset or shard that is missing, cut short or not the one in meta.json, and for an id
-    beyond the vocabulary in the first SCAN tokens of a shard. full: in any of its tokens, and for a wrong sha256.
+    Raises DataError for a dataset or shard that is missing, cut short or not the one in meta.json, and for an
+    id beyond the vocabulary in the first SCAN tokens of a shard. full: in any token, and for a wrong sha256.
     """
     folder = os.path.join(data_dir, name)
     try:
@@ -498,7 +503,7 @@ def load(name, data_dir=DATA_DIR, full=False):
     except FileNotFoundError:
         raise DataError(f"there is no dataset {folder}: python data.py --dataset {name} makes it") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/meta.json is damaged ({error!r}): make it again with --overwrite") from None
+        raise DataError(f"{folder}/meta.json is damaged, {error!r}: make it again (--overwrite)") from None
     splits = {"train": [], "val": []}
     for split, path, tokens, sha256 in listed:
         try:
@@ -511,7 +516,7 @@ def load(name, data_dir=DATA_DIR, full=False):
                 raise ValueError("its sha256 is another")
         except (OSError, ValueError, EOFError) as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else error
-            raise DataError(f"{path} is not as it was made: {reason}; make it again with --overwrite") from None
+            raise DataError(f"{path} is not as it was made: {reason}; make it again (--overwrite)") from None
         splits[split].append(ids)
     return meta, splits
 
@@ -521,8 +526,8 @@ def check_window(shards, span):
     starts = np.array([max(0, len(ids) - span + 1) for ids in shards])
     if not starts.any():
         longest = max(map(len, shards), default=0)
-        raise DataError(f"the corpus ({longest} tokens in its longest shard) is shorter than a window of {span} "
-                        "tokens: take more text or a smaller block_size")
+        raise DataError(f"the corpus ({longest} tokens in its longest shard) is shorter than a window of "
+                        f"{span} tokens: take more text or a smaller block_size")
     return starts
 
 
@@ -542,10 +547,9 @@ def windows(shards, span, u):
 # Download
 
 def fetch(url, path, sha256=None, size=None):
-    """Download url to path, unless that exists. What arrived is kept in path.part: the next call goes on there.
+    """Download url to path, unless it is there. A broken download leaves path.part; a rerun goes on there.
 
-    The length that the server names is checked, and size (bytes) and sha256 (hexadecimal) if given. Raises
-    DataError.
+    Raises DataError, also if fewer bytes arrive than the server said, or not `size` bytes with this `sha256`.
     """
     if os.path.exists(path):
         return
@@ -553,18 +557,19 @@ def fetch(url, path, sha256=None, size=None):
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {"User-Agent": "Mozilla/5.0", **({"Range": f"bytes={have}-"} if have else {})}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
+        with urlopen(Request(url, headers=headers), timeout=60) as response:
             have = have if response.status == 206 else 0    # another answer is the whole file
             if response.headers["Content-Length"]:
                 total = have + int(response.headers["Content-Length"])
             with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=path, initial=have, total=total, unit="B", unit_scale=True, disable=None) as bar:
+                    desc=os.path.basename(path), initial=have, total=total, unit="B", unit_scale=True,
+                    disable=None) as bar:
                 while chunk := response.read(2**20):
                     file.write(chunk)
                     bar.update(len(chunk))
                 close_on_disk(file)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:                               # the server has nothing after what there is: start anew
+    except HTTPError as error:
+        if error.code == 416:                               # there is nothing after the part: start anew
             os.remove(part)
             return fetch(url, path, sha256, size)
         raise DataError(f"{url}: HTTP {error.code} {error.reason}") from None
@@ -572,10 +577,10 @@ def fetch(url, path, sha256=None, size=None):
         raise DataError(f"{url}: {getattr(error, 'reason', error)}") from None
     got = os.path.getsize(part)
     if total is not None and got < total:
-        raise DataError(f"{url}: broke off at {got} of {total} bytes; the same command, run again, goes on there")
+        raise DataError(f"{url}: broke off at {got} of {total} bytes; the same command again goes on there")
     if size not in (None, got) or sha256 not in (None, file_sha256(part)):
         os.remove(part)
-        raise DataError(f"{url}: what arrived is not the expected file (other size or sha256) and was removed")
+        raise DataError(f"{url}: not the expected file, its size or sha256 is another; it was removed")
     os.replace(part, path)
 
 # -----------------------------------------------------------------------------
@@ -586,16 +591,17 @@ def build_parser():
     p.add_argument("--dataset", default="stdlib", metavar="NAME",
                    help="stdlib (default), pile, or a name of your own for --files; made in DATA_DIR/NAME")
     p.add_argument("--files", nargs="+", metavar="FILE",
-                   help=".jsonl (a document a line, in its field text) or .txt (a document each), also .gz or .zst")
+                   help=".jsonl (a document a line, in field text), .txt (one document), also with .gz, .zst")
     p.add_argument("--shards", nargs="+", type=int, metavar="N", help="pile: parts to download, of 0 to 29")
     p.add_argument("--base_url", default=PILE_URL, help="pile: where the parts are (default: %(default)s)")
     p.add_argument("--tokenizer", help="gpt2 (default), bytes, or bpe:N, trained here; stdlib: bpe:2048")
     p.add_argument("--val_fraction", type=float, metavar="F",
                    help="of the documents, for validation (default: 0.01; stdlib 0.1, pile 0.005)")
-    p.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per file (default: %(default)s)")
+    p.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
+                   help="tokens in a .npy file (default: %(default)s)")
     p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets (default: %(default)s)")
     p.add_argument("--overwrite", action="store_true", help="replace the dataset if it is there")
-    p.add_argument("--check", action="store_true", help="make nothing, verify it: every sha256, every token id")
+    p.add_argument("--check", action="store_true", help="make nothing, verify every sha256 and token id")
     return p
 
 

@@ -39,7 +39,7 @@ from model import load_checkpoint, pick_device, pick_dtype, write_atomically
 from objectives import Draw, Options, lattice, mask_batch, mask_count
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
-WINDOWS = {"left-to-right": 1000, "bound": 1000, "pseudo": 100, "confidence": 100}
+WINDOWS = {"left-to-right": 500, "bound": 500, "pseudo": 50, "confidence": 50}
 LOGITS_LIMIT = 2 ** 25          # numbers in the largest (N, V) float32 buffer: 128 MiB
 WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
@@ -106,7 +106,7 @@ def bound(model, x, samples, batch_size):
 
     P(x) is the mixture over all orders of generating the tokens one by one (Uria et al. 2014, Hoogeboom et al. 2022);
     by Jensen's inequality. It is minus the ELBO of masked diffusion. Each window gets `samples` counts n (see `grid`)
-    and for each a uniform mask of exactly n positions, a pure function of (SEED, sample, window): batches do not count."""
+    and for each a uniform mask of exactly n positions, a pure function of (SEED, sample, window), not of the batch."""
     T, options = x.size(1), Options(block_size=x.size(1), vocab_size=model.config.vocab_size, normalization="bound")
     counts = 1 + grid(len(x), samples, levels=T)                                        # (n, S)
     out = np.zeros(len(x))

@@ -266,13 +266,20 @@ def stdlib_pair(files):
         all_chunks = [(text, number) for _, number, texts in members for text in texts[::4]]
         all_chunks = [all_chunks[i] for i in rng.permutation(len(all_chunks))[:2000]]
         all_chunks.sort(key=lambda chunk: chunk[1])
-        n, half = len(all_chunks), CHUNK // 2
+        n = len(all_chunks)
         largest = np.bincount([number for _, number in all_chunks]).max()   # a shift by more than a file is another file
         shift = int(rng.integers(largest, max(largest, n - largest) + 1))
         for i, (text, number) in enumerate(all_chunks):
-            other = all_chunks[(i + shift) % n][0]
-            rows[part] += [((text[:half], text[half:]), 1, number), ((text[:half], other[half:]), 0, number)]
+            (first, second), (_, foreign) = halves(text), halves(all_chunks[(i + shift) % n][0])
+            rows[part] += [((first, second), 1, number), ((first, foreign), 0, number)]
     return make_task("stdlib-pair", rows, ("other", "continues"))
+
+
+def halves(text):
+    """The text, cut at a line's end near its middle, so that no cut word tells which halves belong together."""
+    half = len(text) // 2
+    cut = text.rfind("\n", half // 2, half + half // 2) + 1 or half
+    return text[:cut], text[cut:]
 
 
 def make_task(name, rows, classes):

@@ -36,6 +36,15 @@ def every_smaller(s, reference):
     return (s <= reference + 1e-6).all()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The matrices are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def P():
     return language().sum(-1)

@@ -250,15 +250,16 @@ def test_unpickling_attack_is_refused(tmp_path, how):
     save(tmp_path, model)
     state = {"model": model.state_dict(), "optimizer": [], "step": Attack(proof)}
     with open(tmp_path / "ckpt.pt", "wb") as file:
-        torch.save(state, file) if how == "torch.save" else pickle.dump(state, file)
+        torch.save(state, file) if how == "torch.save" else pickle.dump(state, file, protocol=2)
     refused(tmp_path)
     assert not os.path.exists(proof), "code from the checkpoint was run"
 
 
 def test_missing_checkpoint(tmp_path):
-    assert "config.json" in refused(tmp_path / "nowhere")
+    message = refused(tmp_path / "nowhere")
+    assert "config.json is missing" in message and "train.py" in message, "say which file is missing and what to do"
     save_config(tmp_path, make(False).config)
-    assert "ckpt.pt" in refused(tmp_path)
+    assert "ckpt.pt is missing" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "config.json"])

@@ -98,7 +98,7 @@ def test_does_not_depend_on_how_the_batch_is_cut(name, kwargs):
     whole = make(o, x, Draw(1, 2, range(8)))
     for cut in (1, 3, 4):
         first, second = make(o, x[:cut], Draw(1, 2, range(cut))), make(o, x[cut:], Draw(1, 2, range(cut, 8)))
-        message = f"sequences get other random numbers when the batch is cut after {cut} of 8"
+        message = f"inputs or scored positions change when the batch of 8 is cut after {cut}"
         assert np.array_equal(whole.inputs, np.concatenate((first.inputs, second.inputs))), message
         moved = {(row + cut, k): v for (row, k), v in scored(second, 16).items()}
         assert scored(whole, 16) == scored(first, 16) | moved, message
@@ -134,7 +134,7 @@ def test_dar_with_lookahead_1_is_ar(estimator):
     assert same(make(o, x, Draw(1, 2, range(4))), make(options("ar"), x, Draw(1, 2, range(4)))), "dar with t = 1 is ar"
 
 
-def dar_offsets(t, B=300, step=0):
+def dar_offsets(t, B=2000, step=0):
     """(B, T) offset of every target, read off windows whose token at position k is k."""
     o = options("dar", lookahead=t)
     x = np.repeat(np.arange(window_size(o))[None], B, axis=0)
@@ -159,7 +159,7 @@ def test_dar_offset_is_uniform_on_1_to_t(t):
 
 
 def test_dar_offset_is_drawn_for_every_position():
-    t, s = 3, dar_offsets(3, B=400)
+    t, s = 3, dar_offsets(3)
     assert (s != s[:, :1]).any(), "dar: all positions of a row share one offset; every position draws its own"
     assert (s != s[:1]).any(), "dar: all rows share the same offsets"
     neighbours = (s[:, 0::2] - 1) * t + s[:, 1::2] - 1                      # disjoint pairs within a row
@@ -201,7 +201,7 @@ def test_dar_expectation_is_the_mean_of_the_samples_in_loss_and_gradient():
 # -----------------------------------------------------------------------------
 # Masked objectives
 
-@pytest.mark.parametrize("ratio", [0.01, 0.15, 0.4, 0.5, 1.0])
+@pytest.mark.parametrize("ratio", [0.01, 0.15, 0.17, 0.4, 0.5, 0.6, 1.0])
 def test_mlm_masks_exactly_round_ratio_T(ratio):
     o = options("mlm", mask_ratio=ratio)
     batch = make(o, tokens(o, 50), Draw(1, 2, range(50)))
