@@ -12,7 +12,7 @@ import torch
 import data
 import objectives
 from model import pick_device, read_checkpoint
-from objectives import OBJECTIVES
+from objectives import CHOICES, OBJECTIVES
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
     "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, batch_tokens=2048,
@@ -27,14 +27,14 @@ def build_parser():
     p = argparse.ArgumentParser(description="Pretrain a Transformer with any objective of objectives.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--objective", choices=OBJECTIVES, default="vlm", help="what is predicted from what, see objectives.py")
     p.add_argument("--lookahead", type=int, default=2, metavar="t", help="dar: the target is one of the next t tokens")
-    p.add_argument("--dar_estimator", choices=["sample", "expectation"], default="sample",
+    p.add_argument("--dar_estimator", choices=CHOICES["dar_estimator"], default="sample",
                    help="dar: draw one of the t targets, or average the loss over all of them")
     p.add_argument("--mask_ratio", type=float, default=0.15, help="mlm: fraction of the positions that is masked")
     p.add_argument("--mask_range", type=float, nargs=2, default=[0.15, 1.0], metavar=("LOW", "HIGH"),
                    help="vlm: the fraction is uniform in this range, per sequence")
-    p.add_argument("--corruption", choices=["mask", "bert"], default="mask",
+    p.add_argument("--corruption", choices=CHOICES["corruption"], default="mask",
                    help="mlm, vlm: mask all chosen positions, or BERT's 80 %% mask, 10 %% random token, 10 %% unchanged")
-    p.add_argument("--normalization", choices=["tokens", "bound"], default="tokens",
+    p.add_argument("--normalization", choices=CHOICES["normalization"], default="tokens",
                    help="mlm, vlm: mean over the masked tokens of the batch, or over sequences of the mean within each")
     p.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
                    help="defaults for the sizes below: tiny (laptop CPU), small (one GPU), paper; auto picks by device")

@@ -219,7 +219,7 @@ def split_mrpc(folder):
 # -----------------------------------------------------------------------------
 # Built-in tasks, from the source text of the running Python's standard library
 
-CHUNK = 320                                 # characters, about 110 tokens of the default vocabulary
+CHUNK = 256                                 # characters, about 90 tokens of the default vocabulary
 MAX_CLASSES, PER_CLASS, PER_FILE = 16, 250, 40              # PER_*: chunks of a training class, of a file
 
 
@@ -231,18 +231,18 @@ def chunks(text):
     return [text[i:i + CHUNK] for i in starts]
 
 
-def stdlib_chunks(files):
-    """{False: training, True: test} -> [(top-level package or "", file number, [chunks])], one for each file."""
+def stdlib_chunks(files, cut):
+    """{False: training, True: test} -> [(top-level package or "", file number, cut(text))], one for each file."""
     split = {False: [], True: []}
     for number, (path, text) in enumerate(files):
         package = path.split("/")[0] if "/" in path else ""
-        split[document_is_val(text, VAL_FRACTION["stdlib"])].append((package, number, chunks(text)))
+        split[document_is_val(text, VAL_FRACTION["stdlib"])].append((package, number, cut(text)))
     return split
 
 
 def stdlib_topic(files):
     """From which top-level package is this chunk? The MAX_CLASSES packages with the most training chunks."""
-    split = stdlib_chunks(files)
+    split = stdlib_chunks(files, chunks)
     size = {part: {} for part in split}
     for part, members in split.items():
         for package, _, texts in members:
@@ -258,28 +258,33 @@ def stdlib_topic(files):
 
 
 def stdlib_pair(files):
-    """Does the second half continue the first? Each chunk's first half occurs twice: with its own second half
-    (class 1) and with that of a chunk of another file (class 0). Both halves are distributed alike in both classes, so
-    a linear probe on a mean of token embeddings, a sum over the halves, is at chance."""
+    """Does the second half continue the first? Each first half occurs twice: with its own second half (class 1) and
+    with one from another file (class 0). Both halves are distributed alike in both classes, so a linear probe on a mean
+    of token embeddings, a sum over the halves, is at chance. A maximum is not a sum: with max pooling even random
+    embeddings are above chance, as halves that belong together share more tokens."""
     rng, rows = np.random.default_rng(0), {False: [], True: []}
-    for part, members in stdlib_chunks(files).items():
-        all_chunks = [(text, number) for _, number, texts in members for text in texts[::4]]
-        all_chunks = [all_chunks[i] for i in rng.permutation(len(all_chunks))[:2000]]
-        all_chunks.sort(key=lambda chunk: chunk[1])
-        n = len(all_chunks)
-        largest = np.bincount([number for _, number in all_chunks]).max()   # a shift by more than a file is another file
+    for part, members in stdlib_chunks(files, halves).items():
+        pairs = [(pair, number) for _, number, texts in members for pair in texts]
+        pairs = [pairs[i] for i in sorted(rng.permutation(len(pairs))[:2000])]          # still in the order of the files
+        n = len(pairs)
+        largest = np.bincount([number for _, number in pairs]).max() if n else 0    # a larger shift leaves the file
         shift = int(rng.integers(largest, max(largest, n - largest) + 1))
-        for i, (text, number) in enumerate(all_chunks):
-            (first, second), (_, foreign) = halves(text), halves(all_chunks[(i + shift) % n][0])
+        for i, ((first, second), number) in enumerate(pairs):
+            foreign = pairs[(i + shift) % n][0][1]
             rows[part] += [((first, second), 1, number), ((first, foreign), 0, number)]
     return make_task("stdlib-pair", rows, ("other", "continues"))
 
 
 def halves(text):
-    """The text, cut at a line's end near its middle, so that no cut word tells which halves belong together."""
-    half = len(text) // 2
-    cut = text.rfind("\n", half // 2, half + half // 2) + 1 or half
-    return text[:cut], text[cut:]
+    """Pairs of CHUNK/2 characters before and after the end of a line, spread over the text. Both have one length, and
+    no cut word tells which belong together."""
+    half, last, pairs = CHUNK // 2, 0, []
+    for start in range(half, len(text) - half, 4 * CHUNK):
+        cut = text.find("\n", max(start, last + half)) + 1
+        if cut and cut + half <= len(text):
+            pairs.append((text[cut - half:cut], text[cut:cut + half]))
+            last = cut + half
+    return pairs[:PER_FILE]
 
 
 def make_task(name, rows, classes):

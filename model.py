@@ -41,7 +41,7 @@ class Config:
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)          # the default eps depends on the dtype
 
 
 class Linear(nn.Linear):
@@ -145,6 +145,8 @@ class Transformer(nn.Module):
         """
         past = cache[0][0].size(2) if cache and cache[0] else 0
         T = inputs.size(1)
+        if past + T > self.config.block_size or past and T > 1:
+            raise ValueError(f"{past} cached and {T} new tokens: at most block_size, and one by one after the first call")
         rotary = self.cos[past:past + T], self.sin[past:past + T]
         mask = None if valid is None or self.config.causal else valid[:, None, None, :]     # (B, 1, 1, T)
         x = norm(self.wte(inputs).to(self.dtype))                           # (B, T, C)
@@ -270,6 +272,7 @@ def load_checkpoint(out_dir, device="cpu"):
     try:
         model = Transformer(Config(**config["model"])).to(device)
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{out_dir}: ckpt.pt and config.json do not fit: {str(error).splitlines()[0]}") from None
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{out_dir}: ckpt.pt and config.json do not fit: {reason}") from None
     return model.eval(), {**config, "step": state["step"]}

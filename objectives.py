@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class Draw:
-    """Random numbers for sequences `indices` ((B,) positions in the global batch) of one training step.
+    """Random numbers for sequences `indices` ((B,) consecutive positions in the global batch) of one training step.
 
     A pure function of (seed, step, index): a sequence gets the same numbers in whichever process or micro-batch it is
     processed, so a run does not depend on how the batch is cut, and resuming needs no random state to be saved.
@@ -134,6 +134,8 @@ def mask_batch(x, counts, slots, draw, o):
     """
     T = o.block_size
     x = x[:, :T]
+    if counts.sum() > slots:
+        raise ValueError(f"{counts.sum()} masked tokens do not fit {slots} slots: are the indices consecutive?")
     rank = draw.per_sequence(T).argsort(axis=1).argsort(axis=1)                     # (B, T) a random permutation a row
     masked = rank < counts[:, None]                                                 # (B, T)
     inputs = np.where(masked, o.mask_token, x)
@@ -187,15 +189,21 @@ def window_size(o):
     return o.block_size + (o.lookahead if o.objective == "dar" else 1)
 
 
+CHOICES = {"dar_estimator": ("sample", "expectation"), "corruption": ("mask", "bert"),
+           "normalization": ("tokens", "bound")}
+
+
 def check(o):
     """Raises ValueError, one line, if the options make no sense."""
     low, high = o.mask_range
     if o.objective not in OBJECTIVES:
         raise ValueError(f"objective {o.objective!r} is not one of {', '.join(OBJECTIVES)}")
-    if o.block_size < 1:
-        raise ValueError(f"block_size must be at least 1, not {o.block_size}")
-    if not 1 <= o.lookahead:
-        raise ValueError(f"lookahead must be at least 1, not {o.lookahead}")
+    for name in ("block_size", "lookahead"):
+        if getattr(o, name) < 1 or getattr(o, name) != int(getattr(o, name)):
+            raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(o, name)}")
+    for name, choices in CHOICES.items():
+        if getattr(o, name) not in choices:
+            raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(o, name)!r}")
     if not 0 < o.mask_ratio <= 1:
         raise ValueError(f"mask_ratio must be in (0, 1], not {o.mask_ratio}")
     if not 0 < low <= high <= 1:

@@ -217,8 +217,9 @@ def test_pair_is_balanced_and_its_halves_have_the_same_distribution_in_both_clas
             kept = [sorted(e[half] for e, label in zip(examples, y) if label == k) for k in (0, 1)]
             assert kept[0] == kept[1]
     texts = [text for _, text in library()]
-    joined = [any(a + b in text for text in texts) for a, b in task.train]
-    assert joined == task.y.astype(bool).tolist()
+    for test in (lambda a, b, text: a + b in text, lambda a, b, text: a in text and b in text):     # the latter: one file
+        assert [any(test(a, b, text) for text in texts) for a, b in task.train] == task.y.astype(bool).tolist()
+    assert {len(half) for example in task.train for half in example} == {glue_data.CHUNK // 2}
 
 # -----------------------------------------------------------------------------
 # The probe
@@ -230,10 +231,10 @@ def test_softmax_probe_has_zero_gradient_and_does_not_depend_on_the_start():
     P = np.exp((X @ W + b).numpy())
     P = P / P.sum(1, keepdims=True) - np.eye(3)[y.numpy()]                  # d loss / d scores, by hand
     by_hand = X.numpy().T @ P / 200 + 0.01 * W.numpy()
-    assert abs(by_hand).max() < 1e-6 and abs(P.mean(0)).max() < 1e-6 and gradient < 1e-6
+    assert abs(by_hand).max() < 1.1e-5 and abs(P.mean(0)).max() < 1.1e-5 and gradient < 1.1e-5
     other = torch.randn(5, 3, generator=rng, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     W2, *_ = eval_glue.fit_softmax(X, y, 3, 0.01, start=other)
-    assert (W - W2).abs().max() < 1e-4                                      # gradient 1e-6 / curvature 0.01
+    assert (W - W2).abs().max() < 3e-3                                      # gradient 1e-5 / curvature 0.01, twice
 
 
 def test_ridge_is_least_squares_with_extra_rows():
@@ -255,7 +256,7 @@ def test_planted_signal_is_found_and_shuffled_labels_give_the_majority_rate():
     (X, y), (test, test_y) = planted(2000, 0), planted(1000, 1)
     groups = np.arange(2000)
     (found,), fit = eval_glue.probe(X, y, groups, [test], 2)
-    assert np.mean(found == test_y) > 0.97 and fit["gradient"] < 1e-6
+    assert np.mean(found == test_y) > 0.97 and fit["gradient"] <= eval_glue.TOLERANCE
     shuffled = np.random.default_rng(2).permutation(y)
     (guess,), _ = eval_glue.probe(X, shuffled, groups, [test], 2)
     assert np.mean(guess == 0) > 0.95                                       # the more frequent class

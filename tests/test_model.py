@@ -42,7 +42,7 @@ def reference_features(model, inputs, layer=None):
     """inputs (T,) -> (T, C)."""
     c = model.config
     w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
-    norm = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 2.0 ** -23)
+    norm = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6)
     D, T = c.n_embd // c.n_head, len(inputs)
     frequency = 10000.0 ** (-np.arange(D // 2) / (D / 2))
 
@@ -159,6 +159,17 @@ def test_key_value_cache_equals_full_forward(prompt):
     parts = [model.features(x[:, :prompt], cache=cache)]                    # the prompt at once, the rest one by one
     parts += [model.features(x[:, t:t + 1], cache=cache) for t in range(prompt, 12)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model.features(x), atol=1e-5, rtol=1e-4)
+
+
+def test_cache_refuses_what_it_cannot_do():
+    """Several tokens after a filled cache, or more than block_size in all."""
+    model = make(causal=True)
+    cache = [[] for _ in model.blocks]
+    model.features(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
+    with pytest.raises(ValueError, match="one by one"):
+        model.features(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
+    with pytest.raises(ValueError, match="block_size"):
+        model.features(torch.zeros(1, model.config.block_size + 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("vocab_size", [63, 64, 70])

@@ -404,7 +404,9 @@ def test_bound_gives_every_sequence_weight_1():
     ({"name": "xlnet"}, "objective"), ({"block_size": 0}, "block_size"), ({"lookahead": 0}, "lookahead"),
     ({"mask_ratio": 0}, "mask_ratio"), ({"mask_ratio": 1.1}, "mask_ratio"), ({"mask_ratio": math.nan}, "mask_ratio"),
     ({"mask_range": (0, 1)}, "mask_range"), ({"mask_range": (0.5, 1.5)}, "mask_range"),
-    ({"mask_range": (0.6, 0.5)}, "mask_range"), ({"mask_range": (math.nan, 1)}, "mask_range")])
+    ({"mask_range": (0.6, 0.5)}, "mask_range"), ({"mask_range": (math.nan, 1)}, "mask_range"),
+    ({"lookahead": 1.5}, "lookahead"), ({"dar_estimator": "mean"}, "dar_estimator"),
+    ({"corruption": "x"}, "corruption"), ({"normalization": "x"}, "normalization")])
 def test_check_refuses(kwargs, word):
     with pytest.raises(ValueError, match=word) as error:
         check(options(**kwargs))
@@ -415,6 +417,20 @@ def test_check_accepts():
     for name, kwargs in ALL:
         check(options(name, **kwargs))
     check(options("mlm", mask_ratio=1.0, mask_range=(1.0, 1.0), lookahead=1, block_size=1))
+
+
+def test_vlm_refuses_sequences_that_are_not_consecutive():
+    """The buffer is sized for consecutive sequences; others could lose masked tokens, and must not do so silently."""
+    o, refused = options("vlm"), 0
+    for step in range(300):
+        draw = Draw(0, step, [0, 55, 144, 233, 377, 610])
+        try:
+            batch = make(o, tokens(o, 6), draw)
+        except ValueError:
+            refused += 1
+        else:
+            assert (batch.weights > 0).sum() == (batch.inputs == o.mask_token).sum()
+    assert refused
 
 
 def test_window_size():
