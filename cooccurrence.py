@@ -5,8 +5,8 @@ An objective is a distribution over (context, target) pairs. Its matrix A[c, y] 
 normalised to N = D1^-1/2 A D2^-1/2, is what pretraining factorises. Its singular values 1 = s_1 >= s_2 >= ...
 say how well the bipartite graph of contexts and targets is connected; that bounds a linear probe's error.
 
-The paper's: this framework, Theorem 4.2 (masked singular values are smaller: more samples connected), dar, and
-that a fixed mask ratio does not fit generation. Derived here, no quotation of its theorem, hypotheses or
+The paper's: this framework, Theorem 4.2 (masked singular values are smaller, more samples connected), dar,
+and that a fixed mask ratio does not fit generation. Derived here, no quotation of its theorem, hypotheses or
 constants: every verdict and number below and every proposition in the tests. The default language was chosen,
 out of some twenty settings, because the ordering is clean there; where the claim fails is printed beside it.
 
@@ -278,7 +278,7 @@ def probe(x, labels, fit=slice(None), test=slice(None)):
 
 
 def bound(A, labels, k):
-    """phi, phi/(1 - s_{k+1}^2), R_k. phi: disagreement of label posteriors over a step context-target-context.
+    """phi, phi/(1 - s_{k+1}^2), R_k. phi: disagreement of label posteriors over context-target-context.
     R_k: squared error of the best probe of k features, bounded by the second. labels (R, C): P(c, z)."""
     Y = labels * inverse_sqrt(labels.sum(1, keepdims=True))                         # (R, C) D1^1/2 P(z|c)
     phi = (Y ** 2).sum() - ((normalize(A).T @ Y) ** 2).sum()
@@ -286,7 +286,7 @@ def bound(A, labels, k):
 
 
 def classification(joint, P, ranks=(3, 9)):
-    """{objective: [probe error at each rank]} on contexts x_1 x_2, which every objective has. Features come from
+    """{objective: [probe error at each rank]} on contexts x_1 x_2, which all objectives have. Features are from
     the texts' distribution P, labels from `joint`: the probe always knows the true posterior."""
     labels, errors = cooccurrence(joint, [((0, 1), 6, 1)]), {}                      # axis 6 is the topic
     for name, pairs in short_contexts().items():

@@ -1,5 +1,5 @@
 """
-Text -> documents -> tokens -> memory-mapped shards -> windows. numpy only: nothing here needs torch.
+Documents -> tokens -> memory-mapped shards -> windows. numpy only: nothing here needs torch.
 
     python data.py                                          # this Python's standard library, no download
     python data.py --dataset pile --shards 0 1              # downloads two of the Pile's 30 parts
@@ -12,296 +12,29 @@ no dataset. A file gets its name when it is complete. After a crash the same com
 the same bytes, on any number of cores (downloads go on where they broke off).
 """
 import argparse
-import codecs
-import gzip
 import hashlib
-import heapq
 import http.client
 import json
 import os
 import re
 import sys
-import sysconfig
-import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
-import regex
-import tiktoken
 from tqdm import tqdm
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from documents import PIECE, STDLIB, DataError, close_on_disk, pieces, sample, write_json
+from tokenizer import build_encoding, make_tokenizer, save_tokenizer
 
 DATA_DIR = "data"
-STDLIB = f"standard library of Python {sys.version.split()[0]}"
 PILE_URL = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train"
 VAL_FRACTION = {"stdlib": 0.1, "pile": 0.005}   # of the documents; any other dataset: 0.01
 SHARD_TOKENS = 100_000_000
-PIECE = 2**18           # characters; longer documents are encoded in pieces of at most this size
-MAX_LINE = 2**25        # bytes; a longer line of a .jsonl file is skipped, so that memory stays bounded
-BPE_SAMPLE = 2**24      # characters that a vocabulary is trained on
 SCAN = 2**24            # tokens at the start of each shard whose ids are checked whenever it is loaded
-
-
-class DataError(ValueError):
-    """Bad input; the message is one line for the user."""
-
-# -----------------------------------------------------------------------------
-# Documents. Each is an iterable of strings, as an enormous one must not be in memory at once.
-
-def stdlib_files():
-    """The running Python's own library without its tests: a sorted list of (path in the library, text)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    paths = [path for path in root.rglob("*.py") if skip.isdisjoint(path.relative_to(root).parts)]
-    if not paths:
-        raise DataError(f"there are no Python sources in {root}: bring your own text with --files")
-    return sorted((path.relative_to(root).as_posix(), path.read_text("utf-8", "replace")) for path in paths)
-
-
-def documents(source):
-    """Yield the documents of STDLIB or of a .jsonl or .txt file (also with .gz or .zst after it).
-
-    What cannot be used, a line or a whole .txt file, is yielded as a DataError that names file and line.
-    Raises DataError for an archive that is damaged or ends early, and for a file that holds no document.
-    """
-    if source == STDLIB:
-        yield from ([text] for _, text in stdlib_files())
-        return
-    try:
-        yield from text_document(source) if re.search(r"\.txt(\.\w+)?$", source) else json_documents(source)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-        raise DataError(f"{source}: the archive is damaged or ends early: {error}") from None
-
-
-def open_binary(path):
-    """A file object that reads the decompressed bytes."""
-    if path.endswith(".zst"):
-        return zstd.open(path, options={zstd.DecompressionParameter.window_log_max: 27})  # 128 MiB
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
-
-
-def json_documents(path):
-    """One document a line, in the field "text"."""
-    good, problem = 0, "no lines"
-    with open_binary(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
-            if line.isspace():
-                continue
-            try:
-                text = json_text(line)
-                good += 1
-                yield [text]
-            except DataError as error:
-                problem = f"{path}:{number}: {error}"
-                yield DataError(problem)
-            while len(line) == MAX_LINE and not line.endswith(b"\n"):   # the rest of a line that is too long
-                line = file.readline(MAX_LINE)
-    if not good:
-        raise DataError(f"{path} holds no documents ({problem})")
-
-
-def json_text(line):
-    """The text in one line of a .jsonl file. Raises DataError."""
-    if len(line) == MAX_LINE:
-        raise DataError(f"longer than {MAX_LINE} bytes")
-    try:
-        text = json.loads(line.decode("utf-8-sig"))["text"]
-        text.encode()                                       # fails if it holds half of a surrogate pair
-        return text
-    except UnicodeError as error:
-        raise DataError(f"invalid UTF-8: {error.reason}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise DataError('no field "text" with a string') from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"broken JSON: {getattr(error, 'msg', error)}") from None
-
-
-def text_document(path):
-    """The file is one document. It is read twice, so that one with a bad byte at its end is not begun."""
-    line, size = 1, 0
-    try:
-        for text in decoded(path):
-            line, size = line + text.count("\n"), size + len(text)
-    except UnicodeDecodeError as error:
-        line += error.object[:error.start].count(b"\n")
-        yield DataError(f"{path}:{line}: invalid UTF-8: {error.reason}")
-        return
-    if not size:
-        raise DataError(f"{path} holds no text")
-    yield decoded(path)
-
-
-def decoded(path):
-    """The text of a file in strings of about PIECE characters. Raises UnicodeDecodeError."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with open_binary(path) as file:
-        while chunk := file.read(PIECE):
-            yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
-
-
-CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
-
-def cut(document):
-    """Yield (text, whether it is the last) for the pieces of a document, at most PIECE characters each.
-
-    A piece ends before a space or newline that follows another character: no word of PATTERN crosses such a
-    place, so the tokens are those of the whole document. (Without one in its second half it ends anywhere.)
-    """
-    rest, start = "", 0
-    for text in document:
-        rest, start = rest[start:] + text, 0
-        while len(rest) - start > PIECE:
-            match = CUT.match(rest, start + PIECE // 2, start + PIECE)
-            end = match.end() if match else start + PIECE
-            yield rest[start:end], False
-            start = end
-    if rest:
-        yield rest[start:], True
-
-
-def document_is_val(text, val_fraction):
-    """Whether a document is for validation: by a hash of its beginning, so its order does not matter."""
-    digest = hashlib.blake2b(text[:PIECE // 2].encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < val_fraction * 2**64
-
-
-def pieces(sources, val_fraction, report):
-    """Yield (split, text, whether it is the document's last piece); report(DataError) what cannot be used."""
-    for source in sources:
-        for document in documents(source):
-            if isinstance(document, DataError):
-                report(document)
-                continue
-            split = None
-            for text, last in cut(document):
-                split = split or ("val" if document_is_val(text, val_fraction) else "train")
-                yield split, text, last
-
-
-def sample(sources, val_fraction):
-    """Yield text of the training split: BPE_SAMPLE characters, equal shares from the start of each source."""
-    for source in sources:
-        left = max(1, BPE_SAMPLE // len(sources))
-        for split, text, _ in pieces([source], val_fraction, report=lambda error: None):
-            if split == "train":
-                yield text[:left]
-                left -= len(text)
-            if left <= 0:
-                break
-
-# -----------------------------------------------------------------------------
-# Tokenizers: tiktoken encodings whose last id is end-of-text.
-
-# Tokens never cross words, which are those of GPT-2.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-def train_bpe(words, n_tokens):
-    """Byte-pair encoding (Sennrich et al. 2016; on bytes, as GPT-2): a list of n_tokens bytes objects.
-
-    words: {word as bytes: how often it occurs}. Start from the 256 bytes; again and again, the most frequent
-    pair of neighbouring tokens becomes a new token (of equals, the pair with the smallest ids). Counts are
-    updated where the pair occurs; a heap entry may be out of date, which shows when it is popped.
-    """
-    tokens = [bytes([b]) for b in range(256)]
-    words = [(list(word), n) for word, n in words.items()]
-    counts, where = Counter(), defaultdict(set)             # of a pair: frequency, words that hold or held it
-    for i, (word, n) in enumerate(words):
-        for pair in zip(word, word[1:]):
-            counts[pair] += n
-            where[pair].add(i)
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
-    while len(tokens) < n_tokens:
-        if not heap or heap[0][0] == 0:
-            raise DataError(f"the text has pairs for bpe:{len(tokens) + 1} at most: use a smaller vocabulary")
-        n, pair = heapq.heappop(heap)
-        if -n != counts[pair]:                              # other merges took some: back, at its true place
-            heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        a, b, new, created = *pair, len(tokens), set()
-        tokens.append(tokens[a] + tokens[b])
-        for i in where.pop(pair):
-            word, n = words[i]
-            k = 0
-            while k < len(word) - 1:
-                if word[k] == a and word[k + 1] == b:
-                    word[k:k + 2] = [new]
-                    left = [((word[k - 1], a), (word[k - 1], new))] if k > 0 else []
-                    right = [((b, word[k + 1]), (new, word[k + 1]))] if k + 1 < len(word) else []
-                    for gone, came in left + right:
-                        counts[gone] -= n
-                        counts[came] += n
-                        where[came].add(i)
-                        created.add(came)
-                k += 1
-        counts[pair] = 0
-        for came in created:
-            heapq.heappush(heap, (-counts[came], came))
-    return tokens
-
-
-def make_tokenizer(name, texts):
-    """The tokenizer "gpt2", "bytes" or "bpe:N" as JSON, see `build_encoding`.
-
-    bpe:N has N ids, end-of-text included, and is trained on texts, an iterable of strings (which the others
-    leave alone), on at most the first 256 bytes of each word.
-    """
-    if not name.startswith("bpe:"):
-        return {"name": name}
-    found, words = Counter(), Counter()
-    for text in tqdm(texts, desc=f"training {name}", unit=" texts", leave=False, disable=None):
-        found.update(regex.findall(PATTERN, text))
-    for word, n in found.items():
-        words[word.encode()[:256]] += n
-    tokens = train_bpe(words, n_tokens=int(name[4:]) - 1)
-    return {"name": name, "pattern": PATTERN, "tokens": [token.decode("latin-1") for token in tokens]}
-
-
-def build_encoding(spec):
-    """The tiktoken.Encoding of {"name": "gpt2" or "bytes"}, or {"name", "pattern", "tokens" in latin-1}."""
-    if spec["name"] == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:                          # whatever requests raises
-            raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}). It is downloaded once; "
-                            "offline, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache") from None
-    tokens = [token.encode("latin-1") for token in spec.get("tokens", map(chr, range(256)))]
-    return tiktoken.Encoding(spec["name"], pat_str=spec.get("pattern", PATTERN),
-                             mergeable_ranks={token: i for i, token in enumerate(tokens)},
-                             special_tokens={"<|endoftext|>": len(tokens)}, explicit_n_vocab=len(tokens) + 1)
-
-
-def save_tokenizer(spec, folder):
-    """Write folder/tokenizer.json. spec: "gpt2", "bytes", or what `make_tokenizer` returns."""
-    write_json(os.path.join(folder, "tokenizer.json"), {"name": spec} if isinstance(spec, str) else spec)
-
-
-def load_tokenizer(folder):
-    """The tiktoken.Encoding of a dataset's or a checkpoint's folder. Raises DataError."""
-    path = os.path.join(folder, "tokenizer.json")
-    try:
-        with open(path) as file:
-            return build_encoding(json.load(file))
-    except DataError:
-        raise
-    except Exception as error:                              # also whatever tiktoken raises for a damaged one
-        raise DataError(f"{path} is missing or damaged: {error!r}") from None
-
-
-def token_bytes(encoding):
-    """(n_vocab,) int64, how many bytes of text each id stands for; 0 for end-of-text."""
-    return np.array([0 if i == encoding.eot_token else len(encoding.decode_single_token_bytes(i))
-                     for i in range(encoding.n_vocab)])
 
 # -----------------------------------------------------------------------------
 # Shards
@@ -369,19 +102,6 @@ class ShardWriter:
                                 "sha256": file_sha256(self.file.name)})
             os.replace(self.file.name, path)
             self.file = None
-
-
-def close_on_disk(file):
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def write_json(path, value):
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(value, file, indent=1)
-        close_on_disk(file)
-    os.replace(file.name, path)
 
 
 def file_sha256(path):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import load_tokenizer
+from tokenizer import load_tokenizer
 from glue_data import GLUE, METRICS, STDLIB, bootstrap, load_task
 from model import Transformer, load_checkpoint, pick_device, pick_dtype, write_atomically
 

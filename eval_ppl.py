@@ -35,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import tokenizer
 from model import load_checkpoint, pick_device, pick_dtype, write_atomically
 from objectives import Draw, Options, lattice, mask_batch, mask_count
 
@@ -216,7 +217,7 @@ def extract(archive, path):
 
 def read_tokens(args, checkpoint, train):
     """([token arrays], tokenizer): the text in the checkpoint's vocabulary. Raises ValueError or OSError, one line."""
-    encoding = data.load_tokenizer(checkpoint)
+    encoding = tokenizer.load_tokenizer(checkpoint)
     if args.val:
         folder = Path(args.data_dir or train.get("data_dir", data.DATA_DIR), train["dataset"])
         _, splits = data.load(folder.name, str(folder.parent))
@@ -252,7 +253,7 @@ def text_size(x, scored, encoding):
     joins_left, joins_right = (np.array([not t[i:][:1].isspace() for t in text]) for i in (0, -1))
     token, before = x[:, -scored:], x[:, -scored - 1:-1]
     n_words = words[token].sum() - (joins_left[token] & joins_right[before]).sum()      # a word that goes on
-    return int(data.token_bytes(encoding)[token].sum()), int(n_words)
+    return int(tokenizer.token_bytes(encoding)[token].sum()), int(n_words)
 
 # -----------------------------------------------------------------------------
 # Numbers, table, plot

@@ -15,42 +15,56 @@ from model import pick_device, read_checkpoint
 from objectives import CHOICES, OBJECTIVES
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
-    "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, batch_tokens=2048,
-                 max_iters=1000, warmup_iters=50, optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
-    "small": dict(dataset="stdlib", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=64, batch_tokens=65536,
-                  max_iters=3000, warmup_iters=100, optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
-    "paper": dict(dataset="pile", n_layer=16, n_head=12, n_embd=768, block_size=512, batch_size=64, batch_tokens=524288,
-                  max_iters=20000, warmup_iters=700, optimizer="adamw", learning_rate=6e-4, eval_interval=500, eval_iters=40),
+    "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128,
+                 batch_size=16, batch_tokens=2048, max_iters=1000, warmup_iters=50,
+                 optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
+    "small": dict(dataset="stdlib", n_layer=8, n_head=8, n_embd=512, block_size=512,
+                  batch_size=64, batch_tokens=65536, max_iters=3000, warmup_iters=100,
+                  optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
+    "paper": dict(dataset="pile", n_layer=16, n_head=12, n_embd=768, block_size=512,
+                  batch_size=64, batch_tokens=524288, max_iters=20000, warmup_iters=700,
+                  optimizer="adamw", learning_rate=6e-4, eval_interval=500, eval_iters=40),
 }
 
 def build_parser():
-    p = argparse.ArgumentParser(description="Pretrain a Transformer with any objective of objectives.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--objective", choices=OBJECTIVES, default="vlm", help="what is predicted from what, see objectives.py")
-    p.add_argument("--lookahead", type=int, default=2, metavar="t", help="dar: the target is one of the next t tokens")
+    p = argparse.ArgumentParser(description="Pretrain a Transformer with any objective of objectives.py.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--objective", choices=OBJECTIVES, default="vlm",
+                   help="what is predicted from what, see objectives.py")
+    p.add_argument("--lookahead", type=int, default=2, metavar="t",
+                   help="dar: the target is one of the next t tokens")
     p.add_argument("--dar_estimator", choices=CHOICES["dar_estimator"], default="sample",
                    help="dar: draw one of the t targets, or average the loss over all of them")
-    p.add_argument("--mask_ratio", type=float, default=0.15, help="mlm: fraction of the positions that is masked")
+    p.add_argument("--mask_ratio", type=float, default=0.15,
+                   help="mlm: fraction of the positions that is masked")
     p.add_argument("--mask_range", type=float, nargs=2, default=[0.15, 1.0], metavar=("LOW", "HIGH"),
                    help="vlm: the fraction is uniform in this range, per sequence")
     p.add_argument("--corruption", choices=CHOICES["corruption"], default="mask",
-                   help="mlm, vlm: mask all chosen positions, or BERT's 80 %% mask, 10 %% random token, 10 %% unchanged")
+                   help="mlm, vlm: mask all chosen positions, "
+                        "or BERT's 80 %% mask, 10 %% random token, 10 %% unchanged")
     p.add_argument("--normalization", choices=CHOICES["normalization"], default="tokens",
-                   help="mlm, vlm: mean over the masked tokens of the batch, or over sequences of the mean within each")
+                   help="mlm, vlm: mean over the masked tokens of the batch, "
+                        "or over sequences of the mean within each")
     p.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
-                   help="defaults for the sizes below: tiny (laptop CPU), small (one GPU), paper; auto picks by device")
+                   help="defaults for the sizes below: tiny (laptop CPU), small (one GPU), paper; "
+                        "auto picks by device")
     preset = p.add_argument_group("set by the preset unless given")
-    preset.add_argument("--dataset", help="name of a folder in data/, see data.py; stdlib is prepared when missing")
+    preset.add_argument("--dataset", 
+                        help="name of a folder in data/, see data.py; stdlib is prepared when missing")
     for name, text in [("n_layer", "blocks"), ("n_head", "attention heads"), ("n_embd", "width"),
                        ("block_size", "tokens per sequence, T"), ("batch_size", "sequences per micro-batch"),
-                       ("batch_tokens", "tokens per update, over all processes and micro-batches"), ("max_iters", "updates"),
-                       ("warmup_iters", "updates of linear warmup"), ("eval_interval", "updates between validations"),
-                       ("eval_iters", "micro-batches per validation")]:
+                       ("batch_tokens", "tokens per update, over all processes and micro-batches"),
+                       ("max_iters", "updates"), ("warmup_iters", "updates of linear warmup"),
+                       ("eval_interval", "updates between validations"), ("eval_iters", "micro-batches per validation")]:
         preset.add_argument(f"--{name}", type=int, help=text)
-    preset.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, adamw for the embedding")
+    preset.add_argument("--optimizer", choices=["adamw", "muon"],
+                        help="muon: for the blocks' matrices, adamw for the embedding")
     preset.add_argument("--learning_rate", type=float, help="peak learning rate of AdamW")
     p.add_argument("--muon_lr", type=float, default=0.02, help="peak learning rate of Muon")
-    p.add_argument("--decay_fraction", type=float, default=0.7, help="last part of the run, in which the rate decays linearly")
-    p.add_argument("--min_lr_fraction", type=float, default=0.05, help="the rate at the end, as a fraction of its peak")
+    p.add_argument("--decay_fraction", type=float, default=0.7,
+                   help="last part of the run, in which the rate decays linearly")
+    p.add_argument("--min_lr_fraction", type=float, default=0.05,
+                   help="the rate at the end, as a fraction of its peak")
     p.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
     p.add_argument("--seed", type=int, default=0, help="of the initial weights, the data order and the masks")
@@ -58,9 +72,11 @@ def build_parser():
     p.add_argument("--data_dir", default=data.DATA_DIR, help="where the prepared datasets are")
     p.add_argument("--save_interval", type=int, default=250, help="updates between checkpoints")
     p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
-    p.add_argument("--resume", action="store_true", help="continue the run in out_dir with its own flags (given ones replace them)")
+    p.add_argument("--resume", action="store_true",
+                   help="continue the run in out_dir with its own flags (given ones replace them)")
     p.add_argument("--overwrite", action="store_true", help="replace a run that is already in out_dir")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    p.add_argument("--device", default="auto",
+                   help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="of the activations; auto is bfloat16 where the hardware has it")
     p.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
@@ -68,18 +84,23 @@ def build_parser():
     return p
 
 
-SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "max_iters", "eval_interval",
-         "eval_iters", "save_interval", "log_interval"]
-FIXED = ["objective", "dataset", "n_layer", "n_head", "n_embd", "block_size", "optimizer", "seed"]  # cannot change on resume
+SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "max_iters",
+         "eval_interval", "eval_iters", "save_interval", "log_interval"]
+FIXED = ["objective", "dataset", "n_layer", "n_head", "n_embd", "block_size",
+         "optimizer", "seed"]       # cannot change on resume
 
 
 def parse_args(argv=None):
-    """The command line as a namespace without open choices. Exits with code 2 and one line if it makes no sense."""
+    """The command line as a namespace without open choices.
+
+    Exits with code 2 and one line if it makes no sense.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
     if not hasattr(torch.optim, "Muon"):
-        parser.error(f"torch {torch.__version__} is too old, 2.9 or newer is needed: pip install -r requirements.txt")
+        parser.error(f"torch {torch.__version__} is too old, 2.9 or newer is needed: "
+                     "pip install -r requirements.txt")
     try:
         if args.resume:
             saved = read_checkpoint(args.out_dir)[1]["train"]
@@ -87,7 +108,8 @@ def parse_args(argv=None):
             args = parser.parse_args(argv)
             changed = [name for name in FIXED if getattr(args, name) != saved[name]]
             if changed:
-                raise ValueError(f"--resume cannot change {', '.join(changed)}: {args.out_dir} was trained with "
+                raise ValueError(f"--resume cannot change {', '.join(changed)}: "
+                                 f"{args.out_dir} was trained with "
                                  + ", ".join(f"{name} {saved[name]}" for name in changed))
         args.device = pick_device(args.device)
         if args.preset == "auto":
@@ -116,10 +138,12 @@ def check_args(args):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], not {getattr(args, name)}")
     if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
-        raise ValueError(f"n_embd {args.n_embd} does not split into {args.n_head} heads (n_head) of even width")
+        raise ValueError(f"n_embd {args.n_embd} does not split into "
+                         f"{args.n_head} heads (n_head) of even width")
     if args.batch_tokens % (args.batch_size * args.block_size * world):
-        raise ValueError(f"batch_tokens {args.batch_tokens} is not a multiple of batch_size * block_size * processes "
-                         f"= {args.batch_size} * {args.block_size} * {world}")
+        raise ValueError(f"batch_tokens {args.batch_tokens} is not a multiple of "
+                         f"batch_size * block_size * processes = {args.batch_size} * {args.block_size} * {world}")
     if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        raise ValueError(f"{args.out_dir} already holds a run: continue it with --resume, or replace it with --overwrite")
+        raise ValueError(f"{args.out_dir} already holds a run: "
+                         "continue it with --resume, or replace it with --overwrite")
     objectives.check(args)

@@ -1,9 +1,11 @@
 """
-The one Transformer that all objectives share, causal or bidirectional by one flag, and its checkpoint on disk.
+The one Transformer that all objectives share, causal or bidirectional by one flag,
+and its checkpoint on disk.
 
-Bytes to loss, in the order of `Transformer.forward`: token ids -> embedding -> n_layer blocks (attention, MLP) -> norm ->
-logits at the scored positions only -> weighted cross-entropy. Pre-RMSNorm, rotary positions (Su et al. 2021), QK-norm
-(Henry et al. 2020), ReLU^2 MLP (So et al. 2021), no biases, no norm gains, tied embeddings: every parameter is a matrix.
+Bytes to loss, in the order of `Transformer.forward`: token ids -> embedding -> n_layer blocks (attention,
+MLP) -> norm -> logits at the scored positions only -> weighted cross-entropy. Pre-RMSNorm, rotary positions
+(Su et al. 2021), QK-norm (Henry et al. 2020), ReLU^2 MLP (So et al. 2021), no biases, no norm gains, tied
+embeddings: every parameter is a matrix.
 
     from model import Transformer, Config, load_checkpoint
     model, config = load_checkpoint("out/vlm")
@@ -63,13 +65,13 @@ class Attention(nn.Module):
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x (B, H, T, D), D = C / H
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # 3 x (B, H, T, D), D = C / H
         q, k = rotate(norm(q), *rotary), rotate(norm(k), *rotary)
-        if cache is not None:                                               # keys and values of earlier positions
+        if cache is not None:                                   # keys and values of earlier positions
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        causal = self.causal and T > 1                                      # a single new token sees all that is cached
+        causal = self.causal and T > 1                          # a single new token sees all that is cached
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)   # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -102,7 +104,10 @@ def rotary_table(T, D, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: turn the pair (x[i], x[i + D/2]) by the angle of its position. x: (B, H, T, D)."""
+    """Rotary position embedding: turn the pair (x[i], x[i + D/2]) by the angle of its position.
+
+    x: (B, H, T, D).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -111,7 +116,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
-            raise ValueError(f"n_embd / n_head must be an even whole number, not {config.n_embd} / {config.n_head}")
+            raise ValueError("n_embd / n_head must be an even whole number, "
+                             f"not {config.n_embd} / {config.n_head}")
         self.config = config
         self.dtype = torch.float32          # of the activations; weights stay in float32
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
@@ -137,16 +143,17 @@ class Transformer(nn.Module):
     def features(self, inputs, valid=None, layer=None, cache=None):
         """Hidden states.
 
-        inputs: (B, T) int64 token ids, T <= block_size. valid: (B, T) bool, False at padding that nobody may attend to
-        (a causal model with padding on the right needs none). layer: stop after that many blocks (0 = embeddings).
-        cache: a list of n_layer lists, empty at first, that keeps keys and values; then `inputs` are the tokens
-        after the cached ones, all at once or (T = 1) one by one.
+        inputs: (B, T) int64 token ids, T <= block_size. valid: (B, T) bool, False at padding that nobody may
+        attend to (a causal model with padding on the right needs none). layer: stop after that many blocks (0
+        = embeddings). cache: a list of n_layer lists, empty at first, that keeps keys and values; then
+        `inputs` are the tokens after the cached ones, all at once or (T = 1) one by one.
         Returns (B, T, C), RMS-normalised.
         """
         past = cache[0][0].size(2) if cache and cache[0] else 0
         T = inputs.size(1)
         if past + T > self.config.block_size or past and T > 1:
-            raise ValueError(f"{past} cached and {T} new tokens: at most block_size, and one by one after the first call")
+            raise ValueError(f"{past} cached and {T} new tokens: "
+                             "at most block_size, and one by one after the first call")
         rotary = self.cos[past:past + T], self.sin[past:past + T]
         mask = None if valid is None or self.config.causal else valid[:, None, None, :]     # (B, 1, 1, T)
         x = norm(self.wte(inputs).to(self.dtype))                           # (B, T, C)
@@ -155,20 +162,23 @@ class Transformer(nn.Module):
         return norm(x)
 
     def logits(self, hidden):
-        """hidden (..., C) -> (..., V) float32; -inf for the mask token and padding, which are never predicted."""
+        """hidden (..., C) -> (..., V) float32;
+        -inf for the mask token and padding, which are never predicted.
+        """
         logits = F.linear(hidden, self.wte.weight.to(hidden.dtype))
         logits[..., self.config.vocab_size:] = -torch.inf
         return logits.float()
 
     def forward(self, inputs, positions, targets, weights):
-        """The loss of a batch of any objective (objectives.py): sum over n of weights[n] times the cross-entropy of
-        targets[n] (mean over its K alternatives) at positions[n], in nats. The caller divides by the sum of weights.
+        """The loss of a batch of any objective (objectives.py): sum over n of weights[n] times the
+        cross-entropy of targets[n] (mean over its K alternatives) at positions[n], in nats. The caller
+        divides by the sum of weights.
 
         inputs: (B, T) int64. positions: (N,) int64 into B*T. targets: (N, K) int64. weights: (N,) float32.
         """
-        hidden = self.features(inputs).flatten(0, 1).index_select(0, positions)             # (N, C)
-        logits = self.logits(hidden)                                        # (N, V) float32: the step's largest buffer
-        loss = logits.logsumexp(dim=-1) - logits.gather(1, targets).mean(dim=1)             # (N,) -log softmax at targets
+        hidden = self.features(inputs).flatten(0, 1).index_select(0, positions)     # (N, C)
+        logits = self.logits(hidden)                            # (N, V) float32: the step's largest buffer
+        loss = logits.logsumexp(dim=-1) - logits.gather(1, targets).mean(dim=1)     # (N,) -log P(targets)
         return (loss * weights).sum()
 
 # -----------------------------------------------------------------------------
@@ -182,8 +192,9 @@ def num_params(config):
 def flops(config, B, T, N):
     """Floating-point operations of one training step on B sequences of T tokens with N scored positions.
 
-    A product of (m, k) and (k, n) matrices counts 2mkn; nothing else is counted. Backward costs twice the forward. Only
-    the work that is needed counts: the head on the N scored positions, and for a causal model the lower triangle.
+    A product of (m, k) and (k, n) matrices counts 2mkn; nothing else is counted. Backward costs twice the
+    forward. Only the work that is needed counts: the head on the N scored positions, and for a causal model
+    the lower triangle.
     """
     C = config.n_embd
     matrices = 2 * 12 * C * C * B * T                           # qkv 3C^2, attention output C^2, MLP 8C^2
@@ -194,10 +205,12 @@ def flops(config, B, T, N):
 
 
 def peak_flops(device):
-    """Dense bfloat16 FLOP/s by the data sheet, or None for a device that is not listed: no utilisation, not a wrong one."""
+    """Dense bfloat16 FLOP/s by the data sheet,
+    or None for a device that is not listed: no utilisation, not a wrong one.
+    """
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-             "A10G": 70e12, "4090": 165e12, "3090": 71e12}
+    peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+             "L4": 121e12, "A10G": 70e12, "4090": 165e12, "3090": 71e12}
     return next((peak for key, peak in peaks.items() if key in name), None)
 
 
@@ -213,13 +226,16 @@ def pick_device(device="auto"):
 
 
 def pick_dtype(dtype="auto", device="cpu"):
-    """The dtype of the activations; "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype of the activations;
+    "auto" is bfloat16 where the hardware multiplies it natively, else float32.
+    """
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:                                                       # AVX512-BF16 or AMX
-        tests = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        tests = [getattr(torch.cpu, name, None)
+                 for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
         native = device == "cpu" and any(test() for test in tests if test)
     return torch.bfloat16 if native else torch.float32
 
@@ -227,7 +243,9 @@ def pick_dtype(dtype="auto", device="cpu"):
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary file, flush it to disk, rename it to `path`: never a partial file there."""
+    """Call write(file) on a temporary file, flush it to disk, rename it to `path`:
+    never a partial file there.
+    """
     with open(f"{path}.tmp", "wb") as file:
         write(file)
         file.flush()
@@ -236,7 +254,9 @@ def write_atomically(path, write):
 
 
 def save_config(out_dir, config, **rest):
-    """Write out_dir/config.json: the model's sizes, and what else the caller wants to be known (JSON values)."""
+    """Write out_dir/config.json: the model's sizes,
+    and what else the caller wants to be known (JSON values).
+    """
     text = json.dumps({"model": asdict(config), **rest}, indent=1)
     write_atomically(os.path.join(out_dir, "config.json"), lambda file: file.write(text.encode()))
 
@@ -262,12 +282,16 @@ def read_checkpoint(out_dir, device="cpu"):
                          "(train one: python train.py --objective vlm)") from None
     except Exception as error:                                  # torch.load raises many kinds
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{out_dir} holds no readable checkpoint: {type(error).__name__}: {reason}") from None
+        raise ValueError(f"{out_dir} holds no readable checkpoint: "
+                         f"{type(error).__name__}: {reason}") from None
     return state, config
 
 
 def load_checkpoint(out_dir, device="cpu"):
-    """(model in eval mode, config.json as a dict with "step" added). Raises ValueError, one line, if it is no checkpoint."""
+    """(model in eval mode, config.json as a dict with "step" added).
+
+    Raises ValueError, one line, if it is no checkpoint.
+    """
     state, config = read_checkpoint(out_dir, device)
     try:
         model = Transformer(Config(**config["model"])).to(device)

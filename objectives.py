@@ -1,16 +1,17 @@
 """
 The four pretraining objectives of "Look Ahead or Look Around?" (Zhang et al., ICML 2024, arXiv 2407.00935).
 
-An objective is a distribution over (context, target) pairs, and nothing else. Each function below maps windows of
-token ids to what one training step needs:
+An objective is a distribution over (context, target) pairs, and nothing else. Each function below maps
+windows of token ids to what one training step needs:
 
     inputs     (B, T)  what the model sees
     positions  (N,)    which positions of the flattened (B*T) batch are scored
     targets    (N, K)  what they must predict; with K > 1 the log-probabilities of the K targets are averaged
     weights    (N,)    weight of each scored position; the step's loss is sum(weight * loss) / sum(weight)
 
-Model, loss, training loop and evaluation are the same for all objectives. To add a fifth one, write a function and put
-it into OBJECTIVES at the bottom (and into CAUSAL if its attention is causal): train.py and the evaluations pick it up.
+Model, loss, training loop and evaluation are the same for all objectives. To add a fifth one, write a
+function and put it into OBJECTIVES at the bottom (and into CAUSAL if its attention is causal): train.py and
+the evaluations pick it up.
 
     python train.py --objective ar | dar --lookahead 2 | mlm --mask_ratio 0.15 | vlm --mask_range 0.15 1.0
     pytest tests/test_objectives.py                 # every line below against brute force
@@ -50,10 +51,12 @@ class Batch(NamedTuple):
 
 
 class Draw:
-    """Random numbers for sequences `indices` ((B,) consecutive positions in the global batch) of one training step.
+    """Random numbers for sequences `indices` ((B,) consecutive positions in the global batch)
+    of one training step.
 
-    A pure function of (seed, step, index): a sequence gets the same numbers in whichever process or micro-batch it is
-    processed, so a run does not depend on how the batch is cut, and resuming needs no random state to be saved.
+    A pure function of (seed, step, index): a sequence gets the same numbers in whichever process or
+    micro-batch it is processed, so a run does not depend on how the batch is cut, and resuming needs no
+    random state to be saved.
     """
     def __init__(self, seed, step, indices):
         def generator(index):
@@ -80,17 +83,18 @@ def ar(x, draw, o):
 
 
 def dar(x, draw, o):
-    """Diversity-enhanced autoregressive, L = -E sum_k E_{s ~ U{1..t}} log P(x[k+s] | x[1..k]), t = o.lookahead.
+    """Diversity-enhanced autoregressive, L = -E sum_k E_{s ~ U{1..t}} log P(x[k+s] | x[1..k]),
+    t = o.lookahead.
 
-    The model is not told s. With dar_estimator "sample" one s is drawn per position; "expectation" averages over all t,
-    which has the same expected gradient and less variance. t = 1 is `ar`.
+    The model is not told s. With dar_estimator "sample" one s is drawn per position; "expectation" averages
+    over all t, which has the same expected gradient and less variance. t = 1 is `ar`.
     x: (B, T+t) token ids.
     """
     T, t = o.block_size, o.lookahead
-    ahead = np.lib.stride_tricks.sliding_window_view(x[:, 1:], t, axis=1)           # (B, T, t): x[k+1..k+t]
+    ahead = np.lib.stride_tricks.sliding_window_view(x[:, 1:], t, axis=1)   # (B, T, t): x[k+1..k+t]
     if o.dar_estimator == "sample":
-        s = (draw.per_sequence(T) * t).astype(np.int64)                             # (B, T), uniform on 0..t-1
-        ahead = np.take_along_axis(ahead, s[:, :, None], axis=2)                    # (B, T, 1)
+        s = (draw.per_sequence(T) * t).astype(np.int64)                     # (B, T), uniform on 0..t-1
+        ahead = np.take_along_axis(ahead, s[:, :, None], axis=2)            # (B, T, 1)
     return every_position(x[:, :T], ahead)
 
 
@@ -103,19 +107,22 @@ def every_position(inputs, targets):
 # Look around: masked objectives. A masked position sees every visible one.
 
 def mlm(x, draw, o):
-    """Masked, L = -E_M sum_{j in M} log P(x[j] | x[not M]), M uniform among the sets of round(mask_ratio * T) positions."""
+    """Masked, L = -E_M sum_{j in M} log P(x[j] | x[not M]),
+    M uniform among the sets of round(mask_ratio * T) positions.
+    """
     count = mask_count(o.mask_ratio, o.block_size)
     return mask_batch(x, np.full(len(x), count), count * len(x), draw, o)
 
 
 def vlm(x, draw, o):
-    """Variable-length masked: as mlm, but the number of masked positions |M| of every sequence is itself uniform on
-    round(low * T) .. round(high * T), so that contexts of every length are seen in training. low = high = r is mlm.
+    """Variable-length masked: as mlm, but the number of masked positions |M| of every sequence is itself
+    uniform on round(low * T) .. round(high * T), so that contexts of every length are seen in training. low =
+    high = r is mlm.
 
-    The counts of one step are not drawn independently but follow the lattice (u + i*phi) mod 1 over the sequence's
-    index i in the global batch, phi the golden ratio, u uniform and drawn once per step. Each count is still exactly
-    uniform, and any run of consecutive sequences is evenly spread over the range: less variance, and nearly the same
-    number of masked tokens in every micro-batch.
+    The counts of one step are not drawn independently but follow the lattice (u + i*phi) mod 1 over the
+    sequence's index i in the global batch, phi the golden ratio, u uniform and drawn once per step. Each
+    count is still exactly uniform, and any run of consecutive sequences is evenly spread over the range: less
+    variance, and nearly the same number of masked tokens in every micro-batch.
     """
     low, high = (mask_count(r, o.block_size) for r in o.mask_range)
     counts = low + lattice(draw.offset, draw.indices, high - low + 1)               # (B,)
@@ -125,26 +132,28 @@ def vlm(x, draw, o):
 def mask_batch(x, counts, slots, draw, o):
     """Mask counts[i] uniformly chosen positions of row i of x (B, >=T) and predict the original tokens there.
 
-    The scored positions go into `slots` >= sum(counts) entries, so that shapes do not change from step to step; entries
-    beyond the masked positions have weight 0. o.normalization names what the step's loss is:
-      tokens  mean over the masked tokens of the batch: every masked token counts the same, so a sequence counts in
-              proportion to its mask ratio and long contexts (few masks) weigh little.
-      bound   mean over sequences of the mean over the sequence's masked tokens: every context length counts the same.
-              With counts uniform on 1..T this is the evidence bound of masked diffusion, -log P(x) / T <= loss.
+    The scored positions go into `slots` >= sum(counts) entries, so that shapes do not change from step to
+    step; entries beyond the masked positions have weight 0. o.normalization names what the step's loss is:
+      tokens  mean over the masked tokens of the batch: every masked token counts the same, so a sequence
+              counts in proportion to its mask ratio and long contexts (few masks) weigh little.
+      bound   mean over sequences of the mean over the sequence's masked tokens: every context length counts
+              the same. With counts uniform on 1..T this is the evidence bound of masked diffusion, -log P(x)
+              / T <= loss.
     """
     T = o.block_size
     x = x[:, :T]
     if counts.sum() > slots:
-        raise ValueError(f"{counts.sum()} masked tokens do not fit {slots} slots: are the indices consecutive?")
-    rank = draw.per_sequence(T).argsort(axis=1).argsort(axis=1)                     # (B, T) a random permutation a row
-    masked = rank < counts[:, None]                                                 # (B, T)
+        raise ValueError(f"{counts.sum()} masked tokens do not fit {slots} slots: "
+                         "are the indices consecutive?")
+    rank = draw.per_sequence(T).argsort(axis=1).argsort(axis=1)     # (B, T) a random permutation a row
+    masked = rank < counts[:, None]                                 # (B, T)
     inputs = np.where(masked, o.mask_token, x)
     if o.corruption == "bert":
-        kind = draw.per_sequence(T)                                                 # (B, T) 80 % mask, 10 % other, 10 % as is
+        kind = draw.per_sequence(T)                                 # (B, T) 80 % mask, 10 % other, 10 % as is
         other = (draw.per_sequence(T) * o.vocab_size).astype(np.int64)
         inputs = np.where(masked & (kind >= 0.8), np.where(kind < 0.9, other, x), inputs)
-    positions = np.argsort(~masked.ravel(), kind="stable")[:slots]                  # (N,) masked first, in order
-    weights = masked.ravel()[positions].astype(np.float32)                          # (N,) 1 if masked, 0 if unused
+    positions = np.argsort(~masked.ravel(), kind="stable")[:slots]  # (N,) masked first, in order
+    weights = masked.ravel()[positions].astype(np.float32)          # (N,) 1 if masked, 0 if unused
     if o.normalization == "bound":
         weights /= counts[positions // T]
     return Batch(inputs, positions, x.ravel()[positions, None], weights)
@@ -158,17 +167,21 @@ def mask_count(ratio, T):
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)      # (sqrt(5) - 1) / 2 as a fraction of 2**64
 
 def lattice(offset, indices, levels):
-    """(B,) int64, floor(levels * ((u + i*phi) mod 1)) for each index i, in exact 64-bit arithmetic (2**64 stands for 1)."""
+    """(B,) int64, floor(levels * ((u + i*phi) mod 1)) for each index i,
+    in exact 64-bit arithmetic (2**64 stands for 1).
+    """
     h = np.uint64(offset) + np.asarray(indices, dtype=np.uint64) * GOLDEN           # wraps around at 2**64
     return (((h >> np.uint64(32)) * np.uint64(levels)) >> np.uint64(32)).astype(np.int64)
 
 
 @lru_cache
 def most_masked(low, high, n):
-    """The largest number of masked tokens that n consecutive sequences of a vlm step can have, over every offset u.
+    """The largest number of masked tokens that n consecutive sequences of a vlm step can have,
+    over every offset u.
 
-    Exact: as u grows, the sum of the counts grows too until some sequence's lattice point passes 1 and drops to 0, so
-    the maximum lies just before one of these n wraps. Try them all; starting at a later sequence only shifts u.
+    Exact: as u grows, the sum of the counts grows too until some sequence's lattice point passes 1 and drops
+    to 0, so the maximum lies just before one of these n wraps. Try them all; starting at a later sequence
+    only shifts u.
     """
     i = np.arange(n, dtype=np.uint64)
     just_before_wrap = np.uint64(2**64 - 1) - i * GOLDEN
@@ -182,9 +195,11 @@ CAUSAL = {"ar", "dar"}                      # attention is causal for these, bid
 
 
 def window_size(o):
-    """Tokens an objective needs per sequence: T for the inputs, and those after the last position that may be targets.
+    """Tokens an objective needs per sequence: T for the inputs,
+    and those after the last position that may be targets.
 
-    One more for all but dar (the masked objectives ignore it), so that ar, mlm and vlm train on the very same windows.
+    One more for all but dar (the masked objectives ignore it), so that ar, mlm and vlm train on the very same
+    windows.
     """
     return o.block_size + (o.lookahead if o.objective == "dar" else 1)
 

@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from data import load_tokenizer
+from tokenizer import load_tokenizer
 from model import load_checkpoint, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """
-Pretrain a Transformer with any objective of objectives.py: bytes -> windows -> (context, target) pairs -> loss -> update.
+Pretrain a Transformer with any objective of objectives.py:
+bytes -> windows -> (context, target) pairs -> loss -> update.
 
-    python train.py --objective vlm                             # a first run: this Python's standard library, no download
+    python train.py --objective vlm                 # a first run: this Python's standard library, no download
     python train.py --objective ar --out_dir out/ar-wide --n_embd 256 --max_iters 2000
-    python train.py --resume --out_dir out/vlm                  # go on after Ctrl-C, a crash, a power cut
-    python train.py --objective vlm --preset paper              # 16 layers, width 768, on the Pile (data.py fetches it)
+    python train.py --resume --out_dir out/vlm      # go on after Ctrl-C, a crash, a power cut
+    python train.py --objective vlm --preset paper  # 16 layers, width 768, on the Pile (data.py fetches it)
     torchrun --standalone --nproc_per_node=8 train.py --objective vlm --preset paper
 
-Everything random is a pure function of (seed, step, index of the sequence in the global batch), and the loss is summed
-over the batch and divided once. So a run is the same, to rounding, on 1 or 8 processes, in 1 or 4 micro-batches, and a
-resumed run continues exactly where it stopped. Progress goes to the screen and, one JSON object a line, to out_dir/log.jsonl.
+Everything random is a pure function of (seed, step, index of the sequence in the global batch), and the loss
+is summed over the batch and divided once. So a run is the same, to rounding, on 1 or 8 processes, in 1 or 4
+micro-batches, and a resumed run continues exactly where it stopped. Progress goes to the screen and, one JSON
+object a line, to out_dir/log.jsonl.
 """
 import contextlib
 import json
@@ -30,12 +32,13 @@ from tqdm import tqdm
 import data
 import objectives
 from flags import parse_args
-from model import (Config, Transformer, flops, num_params, peak_flops, pick_dtype, read_checkpoint, save_checkpoint,
-                   save_config, write_atomically)
+from model import (Config, Transformer, flops, num_params, peak_flops, pick_dtype, read_checkpoint,
+                   save_checkpoint, save_config, write_atomically)
 from objectives import CAUSAL, OBJECTIVES, Draw, Options
 from sample import generate
+from tokenizer import load_tokenizer
 
-VAL_SEED = 2407_00935           # validation windows and masks are the same for every run, so that losses compare
+VAL_SEED = 2407_00935       # validation windows and masks are the same for every run, so that losses compare
 
 # -----------------------------------------------------------------------------
 # Processes: one, or several under torchrun
@@ -70,7 +73,8 @@ def say(text):
 def load_data(args):
     """data.load; the default dataset, the standard library's text, is prepared first when it is missing."""
     rank, _ = rank_and_world()
-    if rank == 0 and args.dataset == "stdlib" and not os.path.exists(os.path.join(args.data_dir, "stdlib", "meta.json")):
+    if (rank == 0 and args.dataset == "stdlib"
+            and not os.path.exists(os.path.join(args.data_dir, "stdlib", "meta.json"))):
         data.prepare("stdlib", data_dir=args.data_dir)
     if dist.is_initialized():
         dist.barrier()
@@ -84,14 +88,19 @@ def make_options(args, vocab_size):
 
 
 def get_batch(shards, options, seed, step, indices):
-    """The sequences `indices` of the global batch of a step, as an objectives.Batch: a pure function of its arguments."""
+    """The sequences `indices` of the global batch of a step, as an objectives.Batch:
+    a pure function of its arguments.
+    """
     draw = Draw(seed, step, indices)
-    x = data.windows(shards, objectives.window_size(options), draw.per_sequence(1)[:, 0])       # (B, T + extra)
+    x = data.windows(shards, objectives.window_size(options), draw.per_sequence(1)[:, 0])   # (B, T + extra)
     return OBJECTIVES[options.objective](x, draw, options)
 
 
 def to_device(batch, device):
-    """Batch of numpy arrays -> list of tensors. From pinned memory the copy to a GPU overlaps with computation."""
+    """Batch of numpy arrays -> list of tensors.
+
+    From pinned memory the copy to a GPU overlaps with computation.
+    """
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in batch]
     if device.startswith("cuda"):
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
@@ -110,9 +119,11 @@ def prefetch(make, first, last):
 
 
 def evaluate(model, shards, options, args):
-    """Validation loss, nats per scored token: sum of the losses over sum of the weights, every process its share.
+    """Validation loss, nats per scored token: sum of the losses over sum of the weights,
+    every process its share.
 
-    The windows and masks are the same at every call. Gradients stay on: without them the model would be compiled anew.
+    The windows and masks are the same at every call. Gradients stay on: without them the model would be
+    compiled anew.
     """
     rank, world = rank_and_world()
     total = torch.zeros(2)
@@ -137,21 +148,26 @@ def make_optimizers(model, args):
 
 
 def lr_factor(step, args):
-    """Fraction of the peak learning rate at a step: linear warmup, constant, linear decay to min_lr_fraction."""
+    """Fraction of the peak learning rate at a step:
+    linear warmup, constant, linear decay to min_lr_fraction.
+    """
     warmup = (step + 1) / (args.warmup_iters + 1)
     left = (args.max_iters - step) / max(1, args.decay_fraction * args.max_iters)
     return min(1.0, warmup, args.min_lr_fraction + (1 - args.min_lr_fraction) * left)
 
 
 def update(model, optimizers, batches, args, step):
-    """One optimizer step on this process's micro-batches. Returns (loss, gradient norm), (2,): no host-device sync."""
+    """One optimizer step on this process's micro-batches.
+
+    Returns (loss, gradient norm), (2,): no host-device sync.
+    """
     _, world = rank_and_world()
-    total = all_reduce(sum(weights.sum() for *_, weights in batches))       # sum of weights of the global batch
+    total = all_reduce(sum(weights.sum() for *_, weights in batches))   # sum of weights of the global batch
     loss = 0.0
     for i, batch in enumerate(batches):
         with model.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext():
-            part = model(*batch) / total                                    # this micro-batch's share of the loss
-            (part * world).backward()                                       # DDP averages the processes' gradients
+            part = model(*batch) / total                                # this micro-batch's share of the loss
+            (part * world).backward()                                   # as DDP averages the gradients
         loss = loss + part.detach()
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
@@ -160,16 +176,18 @@ def update(model, optimizers, batches, args, step):
             group["lr"] = group["peak_lr"] * lr_factor(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, grad_norm / world])                           # summed over the processes when logged
+    return torch.stack([loss, grad_norm / world])                       # summed over processes when logged
 
 # -----------------------------------------------------------------------------
 # Compilation
 
-COMPILE_PAYS_FLOPS = 2e13       # of a whole run on a CPU: compiling takes about half a minute and gains 40 to 100 %
+COMPILE_PAYS_FLOPS = 2e13   # of a whole run on a CPU: compiling takes about half a minute, gains 40 to 100 %
 
 
 def pick_compile(args, step_flops):
-    """Whether to compile: on a GPU yes, on a CPU if there is a C++ compiler and the run is long enough to pay for it."""
+    """Whether to compile: on a GPU yes,
+    on a CPU if there is a C++ compiler and the run is long enough to pay for it.
+    """
     if args.compile != "auto":
         return args.compile == "on"
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -185,8 +203,9 @@ def compiled(model, batch):
         fast = torch.compile(model)
         fast(*batch).backward()
         say(f"compiled in {time.time() - start:.0f} s")
-    except Exception as error:              # no compiler, a compiler that fails, an unsupported platform: many kinds
-        say(f"torch.compile does not work here, going on without: {(str(error) or repr(error)).splitlines()[0]}")
+    except Exception as error:      # no compiler, a compiler that fails, an unsupported platform: many kinds
+        say("torch.compile does not work here, going on without: "
+            f"{(str(error) or repr(error)).splitlines()[0]}")
         fast = model
     model.zero_grad(set_to_none=True)
     return fast
@@ -195,7 +214,9 @@ def compiled(model, batch):
 # The run
 
 def start_folder(args, config):
-    """A fresh out_dir: what an earlier run left is removed, config and tokenizer make the checkpoint self-contained."""
+    """A fresh out_dir: what an earlier run left is removed,
+    config and tokenizer make the checkpoint self-contained.
+    """
     os.makedirs(args.out_dir, exist_ok=True)
     for name in ["ckpt.pt", "log.jsonl"]:
         with contextlib.suppress(FileNotFoundError):
@@ -205,15 +226,18 @@ def start_folder(args, config):
 
 
 def resume_folder(args, model, optimizers):
-    """Restore weights and optimizers from out_dir, cut the log at that step, return the number of updates done."""
+    """Restore weights and optimizers from out_dir, cut the log at that step,
+    return the number of updates done.
+    """
     state, _ = read_checkpoint(args.out_dir, args.device)
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizer"]):
         optimizer.load_state_dict(saved)
     path = os.path.join(args.out_dir, "log.jsonl")
     if rank_and_world()[0] == 0 and os.path.exists(path):
-        with open(path) as file:            # a killed run may have logged steps, or half a line, after its checkpoint
-            lines = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
+        with open(path) as file:    # a killed run may have logged steps, or half a line, after its checkpoint
+            lines = [line for line in file
+                     if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
         write_atomically(path, lambda file: file.write("".join(lines).encode()))
     return state["step"]
 
@@ -247,16 +271,18 @@ def train(args):
     cuts = [range(i, i + args.batch_size) for i in range(rank * local, (rank + 1) * local, args.batch_size)]
 
     def make(step):
-        return [to_device(get_batch(shards["train"], options, args.seed, step, cut), args.device) for cut in cuts]
+        return [to_device(get_batch(shards["train"], options, args.seed, step, cut), args.device)
+                for cut in cuts]
 
     batches = make(first)
     scored = sum(positions.numel() for _, positions, _, _ in batches)       # by this process, per update
     step_flops = flops(config, local, args.block_size, scored)
-    say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | {num_params(config) / 1e6:.2f} M parameters | "
-        f"{args.batch_tokens} tokens an update, {scored * world} scored | {args.device} x {world}, "
-        f"{str(model.dtype)[6:]} | {args.out_dir}")
+    say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
+        f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens an update, "
+        f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
     fast = compiled(model, batches[0]) if pick_compile(args, step_flops) else model
-    loop(args, model, fast, optimizers, make, lambda: evaluate(fast, shards["val"], options, args), first, step_flops)
+    loop(args, model, fast, optimizers, make, lambda: evaluate(fast, shards["val"], options, args),
+         first, step_flops)
     if rank == 0:
         finish(args, model, meta)
     if dist.is_initialized():
@@ -286,7 +312,7 @@ def loop(args, model, fast, optimizers, make, validate, first, step_flops):
         if not (logs or validates or saves):
             continue
 
-        numbers = all_reduce(torch.stack(pending)).cpu()                    # (steps, 2): loss and gradient norm; a sync
+        numbers = all_reduce(torch.stack(pending)).cpu()        # (steps, 2): loss and gradient norm; a sync
         bad = (~numbers.isfinite()).any(dim=1).nonzero()
         if len(bad) or saves and not all(p.isfinite().all() for p in model.parameters()):
             bar.close()
@@ -297,7 +323,8 @@ def loop(args, model, fast, optimizers, make, validate, first, step_flops):
         seconds = time.time() - clock
         rate = len(pending) * args.batch_tokens / seconds
         line = dict(step=done, tokens=done * args.batch_tokens, train_loss=numbers[:, 0].mean().item(),
-                    grad_norm=numbers[-1, 1].item(), lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=rate)
+                    grad_norm=numbers[-1, 1].item(), lr=optimizers[0].param_groups[0]["lr"],
+                    tokens_per_second=rate)
         if peak:
             line["mfu"] = len(pending) * step_flops / seconds / peak
         if validates:
@@ -314,7 +341,8 @@ def loop(args, model, fast, optimizers, make, validate, first, step_flops):
         pending, clock = [], time.time()
         if stop and not final:
             bar.close()
-            say(f"stopped at step {done} and saved; go on with: python train.py --resume --out_dir {args.out_dir}")
+            say(f"stopped at step {done} and saved; "
+                f"go on with: python train.py --resume --out_dir {args.out_dir}")
             sys.exit(128 + stop)
     bar.close()
 
@@ -326,11 +354,13 @@ def finish(args, model, meta):
     split = meta["splits"]["val"]
     bits = val_loss / math.log(2) * split["tokens"] / split["bytes"]
     kind = "of next tokens" if args.objective == "ar" else f"under the {args.objective} objective"
-    say(f"validation loss {val_loss:.4f} nats per token {kind}, {bits:.3f} bits per byte; checkpoint in {args.out_dir}")
-    encoding = data.load_tokenizer(args.out_dir)
+    say(f"validation loss {val_loss:.4f} nats per token {kind}, {bits:.3f} bits per byte; "
+        f"checkpoint in {args.out_dir}")
+    encoding = load_tokenizer(args.out_dir)
     ids = generate(model.eval(), [encoding.eot_token], min(80, args.block_size - 1), temperature=0.8,
                    generator=torch.Generator().manual_seed(args.seed))
-    say("--- a sample (more: python sample.py --checkpoint " + args.out_dir + ") ---\n" + encoding.decode(ids[1:]))
+    say("--- a sample (more: python sample.py --checkpoint " + args.out_dir + ") ---\n"
+        + encoding.decode(ids[1:]))
 
 
 def main(argv=None):

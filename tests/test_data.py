@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 import data
-from data import DataError, zstd
+import documents
+import tokenizer as tokenization
+from documents import DataError, zstd
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -108,32 +110,32 @@ def random_words(rng):
 def test_bpe_is_the_naive_one(seed):
     """Few letters and small counts: runs like aaaa, and ties in nearly every step."""
     words = random_words(random.Random(seed))
-    assert data.train_bpe(words, 330) == naive_bpe(words, 330)[0]
+    assert tokenization.train_bpe(words, 330) == naive_bpe(words, 330)[0]
 
 
 def test_tiktoken_applies_the_merges_of_the_training():
     words = random_words(random.Random(0))
     tokens, encoded = naive_bpe(words, 330)
-    encoding = data.build_encoding({"name": "x", "tokens": [token.decode("latin-1") for token in tokens]})
+    encoding = tokenization.build_encoding({"name": "x", "tokens": [token.decode("latin-1") for token in tokens]})
     assert {word: encoding.encode_ordinary(word.decode()) for word in words} == encoded
 
 
 def test_bpe_says_when_the_text_is_too_small():
     """abab has the pairs ab, then abab: 258 tokens."""
-    assert data.train_bpe({b"abab": 1}, 258)[256:] == [b"ab", b"abab"]
+    assert tokenization.train_bpe({b"abab": 1}, 258)[256:] == [b"ab", b"abab"]
     with pytest.raises(DataError, match="bpe:259 at most"):
-        data.train_bpe({b"abab": 1}, 259)
+        tokenization.train_bpe({b"abab": 1}, 259)
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:257", "bpe:300"])
 def test_tokenizer_round_trip(tmp_path, name):
     rng = random.Random(0)
     texts = [text_of(rng, 300) for _ in range(50)] + ["", "\ufeff", "".join(map(chr, range(0x3000)))]
-    data.save_tokenizer(data.make_tokenizer(name, texts[:40]), tmp_path)
-    encoding = data.load_tokenizer(tmp_path)
+    tokenization.save_tokenizer(tokenization.make_tokenizer(name, texts[:40]), tmp_path)
+    encoding = tokenization.load_tokenizer(tmp_path)
     n_vocab = 257 if name == "bytes" else int(name[4:])
     assert (encoding.n_vocab, encoding.eot_token) == (n_vocab, n_vocab - 1)
-    sizes = data.token_bytes(encoding)
+    sizes = tokenization.token_bytes(encoding)
     assert sizes.shape == (n_vocab,) and sizes[-1] == 0 and sizes[:256].tolist() == [1] * 256
     for text in texts:
         ids = encoding.encode_ordinary(text)
@@ -146,9 +148,9 @@ def test_tokenizer_round_trip(tmp_path, name):
 def test_words_are_those_of_gpt2():
     """The training counts the words into which tiktoken will cut: no token is learnt across them."""
     texts = ["ab ab ab\n\nab 12ab"]                             # ab| ab| ab|\n|\n|ab| 12|ab
-    assert data.make_tokenizer("bpe:261", texts)["tokens"][256:] == ["ab", " ab", " 1", " 12"]
+    assert tokenization.make_tokenizer("bpe:261", texts)["tokens"][256:] == ["ab", " ab", " 1", " 12"]
     with pytest.raises(DataError, match="bpe:261 at most"):
-        data.make_tokenizer("bpe:262", texts)
+        tokenization.make_tokenizer("bpe:262", texts)
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"name": "x", "tokens": ["a", "a"]}',
@@ -157,7 +159,7 @@ def test_damaged_tokenizer(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match="tokenizer.json is missing or damaged") as error:
-        data.load_tokenizer(tmp_path)
+        tokenization.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -166,7 +168,7 @@ def test_gpt2_that_cannot_be_downloaded(tmp_path, capsys, monkeypatch):
 
     def refuse(name):
         raise requests.exceptions.ConnectionError("no network\nat all")
-    monkeypatch.setattr(data.tiktoken, "get_encoding", refuse)
+    monkeypatch.setattr(tokenization.tiktoken, "get_encoding", refuse)
     (tmp_path / "a.txt").write_text("some text")
     error = error_of(capsys, "--dataset", "x", "--files", tmp_path / "a.txt", "--data_dir", tmp_path)
     assert "TIKTOKEN_CACHE_DIR" in error and error.count("\n") == 1
@@ -179,11 +181,11 @@ def test_pieces_have_the_tokens_of_the_document(monkeypatch, name):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     rng = random.Random(0)
     texts = [text_of(rng, 2000) for _ in range(30)]
-    encoding = data.build_encoding(data.make_tokenizer(name, texts))
+    encoding = tokenization.build_encoding(tokenization.make_tokenizer(name, texts))
     for piece in (400, 500, 1000):
-        monkeypatch.setattr(data, "PIECE", piece)
+        monkeypatch.setattr(documents, "PIECE", piece)
         for text in texts:
-            cut = list(data.cut([text]))
+            cut = list(documents.cut([text]))
             assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
             assert "".join(part for part, _ in cut) == text
             assert max(len(part) for part, _ in cut) <= piece
@@ -191,22 +193,22 @@ def test_pieces_have_the_tokens_of_the_document(monkeypatch, name):
             assert ids == encoding.encode_ordinary(text)
             at = sorted(rng.choices(range(2001), k=40))
             arriving = [text[i:j] for i, j in zip([0] + at, at + [2000])]
-            assert list(data.cut(arriving)) == cut              # however it arrives, it is cut the same way
+            assert list(documents.cut(arriving)) == cut              # however it arrives, it is cut the same way
 
 
 def test_pieces_of_a_text_without_spaces(monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 100)
+    monkeypatch.setattr(documents, "PIECE", 100)
     for text in ["a" * 1001, " " * 1001, "\n" * 1001, "a b" + "c" * 1000]:
-        parts = [part for part, _ in data.cut([text])]
+        parts = [part for part, _ in documents.cut([text])]
         assert "".join(parts) == text and max(map(len, parts)) <= 100
-    assert list(data.cut([])) == list(data.cut(["", ""])) == []
+    assert list(documents.cut([])) == list(documents.cut(["", ""])) == []
 
 
 def test_split_is_a_function_of_the_document():
     texts = [f"document {i}" for i in range(20000)]
-    val = {text for text in texts if data.document_is_val(text, 0.1)}
+    val = {text for text in texts if documents.document_is_val(text, 0.1)}
     assert abs(len(val) - 2000) < 5 * (20000 * 0.1 * 0.9) ** 0.5                # five standard deviations
-    assert {text for text in texts if data.document_is_val(text, 0.05)} < val
+    assert {text for text in texts if documents.document_is_val(text, 0.05)} < val
     assert sorted(val)[:3] == ["document 10005", "document 10007", "document 1001"]     # by b2sum -l 64
 
 # -----------------------------------------------------------------------------
@@ -215,22 +217,22 @@ def test_split_is_a_function_of_the_document():
 @pytest.mark.parametrize("tokenizer, shard_tokens", [("bytes", 1000), ("bpe:300", 777), ("bytes", 10**8)])
 def test_shards_hold_every_document(tmp_path, monkeypatch, corpus, tokenizer, shard_tokens):
     """Against a list of all tokens, for files of every kind. PIECE is small: a document is many pieces."""
-    monkeypatch.setattr(data, "PIECE", 100)
+    monkeypatch.setattr(documents, "PIECE", 100)
     files, texts = corpus
     meta = prepare_small(files, tmp_path, tokenizer=tokenizer, shard_tokens=shard_tokens)
-    encoding = data.load_tokenizer(tmp_path / "x")
+    encoding = tokenization.load_tokenizer(tmp_path / "x")
     assert meta == json.loads((tmp_path / "x" / "meta.json").read_text())
     assert (meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["dtype"]) == (
         tokenizer, encoding.n_vocab, encoding.eot_token, "uint16")
     assert meta["sources"] == files
     for split in ("train", "val"):
-        own = [text for text in texts if data.document_is_val(text, 0.3) == (split == "val")]
+        own = [text for text in texts if documents.document_is_val(text, 0.3) == (split == "val")]
         ids = sum((encoding.encode_ordinary(text) + [encoding.eot_token] for text in own), [])
         assert ids_of(tmp_path / "x", split) == ids
         total = meta["splits"][split]
         assert (total["tokens"], total["documents"]) == (len(ids), len(own))
         assert total["bytes"] == sum(len(text.encode()) for text in own)
-        assert total["bytes"] == data.token_bytes(encoding)[ids].sum()
+        assert total["bytes"] == tokenization.token_bytes(encoding)[ids].sum()
         assert [shard["tokens"] for shard in total["shards"]] == [
             min(shard_tokens, len(ids) - i) for i in range(0, len(ids), shard_tokens)]
         for i, shard in enumerate(total["shards"]):
@@ -242,7 +244,7 @@ def test_shards_hold_every_document(tmp_path, monkeypatch, corpus, tokenizer, sh
 
 
 def test_bytes_do_not_depend_on_the_cores(tmp_path, monkeypatch, corpus):
-    monkeypatch.setattr(data, "PIECE", 100)
+    monkeypatch.setattr(documents, "PIECE", 100)
     for cores in (1, 7):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
         prepare_small(corpus[0], tmp_path / str(cores))
@@ -262,13 +264,13 @@ def test_dtype_holds_the_vocabulary(tmp_path, monkeypatch, n_vocab, dtype):
 
 def test_bpe_is_trained_on_the_training_split_of_every_source(tmp_path, monkeypatch):
     """Equal shares: the first file, though it is large, leaves half of the sample to the second."""
-    monkeypatch.setattr(data, "BPE_SAMPLE", 2000)
-    monkeypatch.setattr(data, "PIECE", 10)
+    monkeypatch.setattr(documents, "BPE_SAMPLE", 2000)
+    monkeypatch.setattr(documents, "PIECE", 10)
     texts = [" ".join(str(i * j) for j in range(20)) for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "b.jsonl", texts[::-1])
-    sample = "".join(data.sample([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 0.5))
-    train = [text for text in texts if not data.document_is_val(text, 0.5)]
+    sample = "".join(documents.sample([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 0.5))
+    train = [text for text in texts if not documents.document_is_val(text, 0.5)]
     assert sample == "".join(train)[:1000] + "".join(train[::-1])[:1000]
 
 
@@ -361,7 +363,7 @@ def test_rerun(tmp_path, capsys, corpus):
 # Malformed input
 
 def test_bad_lines_are_named_counted_and_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "MAX_LINE", 1000)
+    monkeypatch.setattr(documents, "MAX_LINE", 1000)
     good = [{"text": f"number {i} é"} for i in range(30)]
     bad = [(b'{"text": "cut', "broken JSON"), (b'["text"]', "no field"), (b'{"txt": "a"}', "no field"),
            (b'7', "no field"), (b'{"text": null}', "no field"), (b'{"text": "\xe9"}', "invalid UTF-8"),
@@ -379,28 +381,28 @@ def test_bad_lines_are_named_counted_and_left_out(tmp_path, monkeypatch, capsys)
     for i, (line, (_, reason)) in enumerate(zip(err[:5], bad)):
         assert line.startswith(f"skipped {tmp_path}/a.jsonl:{3 * i + 4}: {reason}")
     report = []
-    assert list(data.pieces([str(tmp_path / "a.jsonl")], 0.5, report.append)) and len(report) == 10
+    assert list(documents.pieces([str(tmp_path / "a.jsonl")], 0.5, report.append)) and len(report) == 10
     assert all(reason in str(error) and "\n" not in str(error) for error, (_, reason) in zip(report, bad))
     assert meta["skipped"] == 10 and sum(split["documents"] for split in meta["splits"].values()) == 30
 
 
 def test_deep_json_is_a_bad_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"[" * 200_000 + b"\n" + b'{"text": "good"}\n')
-    bad, good = data.documents(str(tmp_path / "a.jsonl"))
+    bad, good = documents.documents(str(tmp_path / "a.jsonl"))
     assert "a.jsonl:1: broken JSON" in str(bad) and good == ["good"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_text_file_with_a_bad_byte_is_left_out(tmp_path, monkeypatch, suffix):
     """Whole, also when the byte is far behind the first piece."""
-    monkeypatch.setattr(data, "PIECE", 100)
+    monkeypatch.setattr(documents, "PIECE", 100)
     path = tmp_path / f"a.txt{suffix}"
     compress = {".gz": gzip.compress, ".zst": zstd.compress}.get(suffix, bytes)
     path.write_bytes(compress("é\n".encode() * 999 + b"ab\xe9cd\n" + "é\n".encode() * 999))
-    (error,) = data.documents(str(path))
+    (error,) = documents.documents(str(path))
     assert isinstance(error, DataError) and str(error).startswith(f"{path}:1000: invalid UTF-8")
     path.write_bytes(compress("é\n".encode() * 999 + "é".encode()[:1]))         # ends within a character
-    (error,) = data.documents(str(path))
+    (error,) = documents.documents(str(path))
     assert str(error).startswith(f"{path}:1000: invalid UTF-8")
 
 
@@ -463,7 +465,7 @@ def test_window_of_128_MiB(tmp_path):
     assert zstd.get_frame_info((tmp_path / "a.jsonl.zst").read_bytes()).decompressed_size is None
     with zstd.open(tmp_path / "a.jsonl.zst", "ab", options=options) as file:    # a second frame
         file.write(b'{"text": "farther"}\n')
-    assert list(data.documents(str(tmp_path / "a.jsonl.zst"))) == [["far"], ["farther"]]
+    assert list(documents.documents(str(tmp_path / "a.jsonl.zst"))) == [["far"], ["farther"]]
 
 # -----------------------------------------------------------------------------
 # Loading and windows
@@ -581,18 +583,18 @@ def stdlib(tmp_path_factory):
 
 
 def test_stdlib(stdlib):
-    files = data.stdlib_files()
+    files = documents.stdlib_files()
     names = [name for name, _ in files]
     assert names == sorted(names) and "argparse.py" in names and "pydoc_data/topics.py" in names
     assert not any("test" in name.split("/") or "site-packages" in name for name in names)
     meta, splits = data.load("stdlib", stdlib, full=True)
-    encoding = data.load_tokenizer(stdlib / "stdlib")
+    encoding = tokenization.load_tokenizer(stdlib / "stdlib")
     assert (meta["tokenizer"], meta["vocab_size"], encoding.n_vocab) == ("bpe:2048", 2048, 2048)
     assert 5e6 < sum(split["bytes"] for split in meta["splits"].values()) < 30e6
     for split in ("train", "val"):
         ids = np.concatenate(splits[split])
         parts = np.split(ids, np.flatnonzero(ids == meta["eot"]) + 1)[:-1]      # each with its end-of-text
-        own = [text for _, text in files if text and data.document_is_val(text, 0.1) == (split == "val")]
+        own = [text for _, text in files if text and documents.document_is_val(text, 0.1) == (split == "val")]
         assert [encoding.decode(part[:-1]) for part in parts] == own
         assert meta["splits"][split]["tokens"] < meta["splits"][split]["bytes"] / 2.5
 
@@ -605,10 +607,10 @@ def test_minipile(tmp_path, monkeypatch):
     meta = data.prepare("mini", files=[path], val_fraction=0.2, data_dir=tmp_path)
     totals = meta["splits"].values()
     assert sum(t["documents"] for t in totals) == 604 and sum(t["tokens"] for t in totals) == 814_424 + 604
-    encoding = data.load_tokenizer(tmp_path / "mini")
+    encoding = tokenization.load_tokenizer(tmp_path / "mini")
     with zstd.open(path, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    val = [encoding.encode_ordinary(text) + [50256] for text in texts if data.document_is_val(text, 0.2)]
+    val = [encoding.encode_ordinary(text) + [50256] for text in texts if documents.document_is_val(text, 0.2)]
     assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("gpt2", 50257, "uint16")
     assert ids_of(tmp_path / "mini", "val") == sum(val, [])
 

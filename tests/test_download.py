@@ -13,7 +13,7 @@ import threading
 import pytest
 
 import data
-from data import DataError, zstd
+from documents import DataError, zstd
 
 CONTENT = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

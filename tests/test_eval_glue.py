@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import data
+import documents
+import tokenizer
 import eval_glue
 import glue_data
-from data import DataError
+from documents import DataError
 from glue_data import GLUE, f1, matthews, pearson, ranks, read_tsv, spearman
 from model import Config, Transformer, save_checkpoint, save_config
 
@@ -201,7 +203,7 @@ def test_builtin_tasks_never_share_a_file_between_train_and_test():
     files = library()
     for make in glue_data.STDLIB.values():
         task = make(files)
-        of_test = {text for _, text in files if data.document_is_val(text, data.VAL_FRACTION["stdlib"])}
+        of_test = {text for _, text in files if documents.document_is_val(text, data.VAL_FRACTION["stdlib"])}
         for example in task.train:
             assert not any(example[0] in text for text in of_test)
         for example in task.dev[""][0]:
@@ -315,7 +317,7 @@ def test_untrained_features_are_its_embeddings():
 
 
 def test_pairs_are_cut_to_fit():
-    encoding = data.build_encoding({"name": "bytes"})
+    encoding = tokenizer.build_encoding({"name": "bytes"})
     for a, b in [("a" * 40, "bb"), ("aa", "b" * 40), ("a" * 40, "b" * 40), ("", ""), ("a" * 10, "b" * 13)]:
         [row], cut = eval_glue.encode(encoding, [(a, b)], 24)
         ids_a, ids_b = row[:row.index(256)], row[row.index(256) + 1:]
@@ -334,7 +336,7 @@ def checkpoints(tmp_path):
         model = trained(name == "ar")
         save_config(tmp_path / name, model.config, train={"objective": name})
         save_checkpoint(tmp_path / name, model, [], 7)
-        data.save_tokenizer("bytes", tmp_path / name)
+        tokenizer.save_tokenizer("bytes", tmp_path / name)
     rng = np.random.default_rng(0)
     for file, n in [("train.tsv", 120), ("dev.tsv", 40)]:
         y = rng.integers(0, 2, n)
@@ -376,7 +378,7 @@ def test_finetune_starts_at_the_checkpoint_and_leaves_it_unchanged(checkpoints, 
     model = trained(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     task = glue_data.load_task("RTE", checkpoints / "glue", False)
-    rows, _ = eval_glue.encode(data.build_encoding({"name": "bytes"}), task.train, 24)
+    rows, _ = eval_glue.encode(tokenizer.build_encoding({"name": "bytes"}), task.train, 24)
     eval_glue.finetune(model, rows, task.y, [rows], 2, 256, None, "mean", 1e-3, seed=0, epochs=1)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     eval_glue.main(["--checkpoint", str(checkpoints / "vlm"), *args])

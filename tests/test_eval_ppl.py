@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import data
+import tokenizer
 import eval_ppl
 from model import Config, Transformer, save_checkpoint, save_config
 
@@ -220,8 +221,8 @@ def test_batches_do_not_matter(given, monkeypatch):
 # Text, units
 
 def bytes_encoding(folder):
-    data.save_tokenizer("bytes", str(folder))
-    return data.load_tokenizer(str(folder))
+    tokenizer.save_tokenizer("bytes", str(folder))
+    return tokenizer.load_tokenizer(str(folder))
 
 
 def test_windows_cover_the_text_once_and_thin_out_evenly():
@@ -270,7 +271,7 @@ def checkpoint(folder, causal=False, objective="mlm", **train):
     config = Config(257, 32, n_layer=1, n_head=2, n_embd=16, causal=causal)
     save_config(folder, config, train={**MASKED, "objective": objective, "lookahead": 2, "dataset": "toy", **train})
     save_checkpoint(folder, Transformer(config), [], step=7)
-    data.save_tokenizer("bytes", folder)
+    tokenizer.save_tokenizer("bytes", folder)
     return folder
 
 
@@ -356,7 +357,7 @@ def test_val_is_the_validation_split(work, capsys):
     assert report["windows"] == len(rows) > 3
     assert report["bytes"] == (rows[:, 1:] != 256).sum()
     capsys.readouterr()
-    data.save_tokenizer("gpt2", "sets/toy")
+    tokenizer.save_tokenizer("gpt2", "sets/toy")
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/vlm", "--val"])
     assert "has another tokenizer" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""Every command, file and flag that the README names exists: commands are parsed by the scripts' own parsers."""
+"""
+Every command, file and flag that the README names exists:
+commands are parsed by the scripts' own parsers.
+"""
 import importlib
 import re
 import shlex
@@ -11,7 +14,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, flags=re.M | re.S)
 LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [line for line in LINES if re.search(r"\b[a-z_]+\.py\b", line)]
-DOCSTRINGS = [line.split(" #")[0].strip() for path in sorted(ROOT.glob("*.py")) for line in path.read_text().split('"""')[1].splitlines()
+DOCSTRINGS = [line.split(" #")[0].strip() for path in sorted(ROOT.glob("*.py"))
+              for line in path.read_text().split('"""')[1].splitlines()
               if re.match(r"    (python|torchrun) .*\.py", line) and "|" not in line]
 
 
@@ -39,6 +43,7 @@ def test_flags_named_in_prose_exist():
     """Every `--flag` in the text belongs to some script (or to pytest, torchrun, pip)."""
     known = set()
     for path in ROOT.glob("*.py"):
-        known |= set(re.findall(r'"(--[a-z_]+)"', path.read_text())) | {f"--{n}" for n in re.findall(r'\("([a-z_]+)", "', path.read_text())}
+        known |= (set(re.findall(r'"(--[a-z_]+)"', path.read_text()))
+                  | {f"--{n}" for n in re.findall(r'\("([a-z_]+)", "', path.read_text())})
     foreign = {"--help", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     assert set(re.findall(r"(?<!-)--[a-z_]+", README)) - foreign <= known

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-import data
+import tokenizer
 import sample
 from model import Config, Transformer, load_checkpoint, save_checkpoint, save_config
 from sample import draw, fill, generate, infill_ids
@@ -224,7 +224,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     for name, causal in [("ar", True), ("vlm", False)]:
         os.makedirs(folder / name)
-        data.save_tokenizer("bytes", folder / name)
+        tokenizer.save_tokenizer("bytes", folder / name)
         model = tiny(causal, vocab_size=257, block_size=64)
         save_checkpoint(folder / name, model, [], step=1)
         save_config(folder / name, model.config)
@@ -239,7 +239,7 @@ def text_of(capsys, *flags):
 @pytest.mark.parametrize("gap_tokens", [1, 3])
 def test_infill(checkpoints, gap_tokens):
     model, _ = load_checkpoint(checkpoints / "vlm")
-    encoding = data.load_tokenizer(checkpoints / "vlm")
+    encoding = tokenizer.load_tokenizer(checkpoints / "vlm")
     ids = infill_ids("____é = ______.__init__(____)____", encoding, model.config, gap_tokens)
     gap, mask = gap_tokens * [model.config.mask_token], model.config.mask_token
     pieces = [encoding.encode_ordinary(piece) for piece in ("é = ", ".__init__(", ")")]
@@ -260,7 +260,7 @@ def test_infill_prints_the_text(checkpoints, capsys):
 @pytest.mark.parametrize("name", ["ar", "vlm"])
 def test_prints_what_generate_returns(checkpoints, capsys, name):
     model, _ = load_checkpoint(checkpoints / name)
-    encoding = data.load_tokenizer(checkpoints / name)
+    encoding = tokenizer.load_tokenizer(checkpoints / name)
     generator = torch.Generator().manual_seed(7)
     texts = [encoding.decode(generate(model, [encoding.eot_token], 90, 0.9, 40, generator=generator)[1:])
              for _ in range(2)]         # an empty prompt starts from end-of-text, which is not printed
@@ -313,7 +313,7 @@ def test_bad_input_is_one_line(checkpoints, monkeypatch, capsys, flags, message)
     monkeypatch.chdir(checkpoints)
     if flags.endswith("mixed"):
         os.makedirs("mixed")
-        data.save_tokenizer("bytes", "mixed")
+        tokenizer.save_tokenizer("bytes", "mixed")
         save_checkpoint("mixed", tiny(False), [], step=1)
         save_config("mixed", tiny(False).config)
     with pytest.raises(SystemExit) as stop:

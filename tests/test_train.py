@@ -1,6 +1,6 @@
 """
-train.py as its users run it: subprocesses on a tiny corpus. Exact resume, independence of how the batch is cut,
-the identities between objectives, DDP against one process, bad flags.
+train.py as its users run it: subprocesses on a tiny corpus. Exact resume, independence of how the batch is
+cut, the identities between objectives, DDP against one process, bad flags.
 """
 import json
 import math
@@ -15,8 +15,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--dataset toy --n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --batch_tokens 256 --max_iters 20 "
-        "--warmup_iters 2 --eval_interval 10 --eval_iters 2 --log_interval 1 --device cpu --dtype float32 --compile off").split()
+TINY = ("--dataset toy --n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --batch_tokens 256 "
+        "--max_iters 20 --warmup_iters 2 --eval_interval 10 --eval_iters 2 --log_interval 1 "
+        "--device cpu --dtype float32 --compile off").split()
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +25,18 @@ def data_dir(tmp_path_factory):
     """A corpus of a few hundred made-up lines, byte tokens."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(60):
-        (folder / f"{i}.txt").write_text("\n".join(f"line {i * j % 97} of file {i}: {i + j} is a number" for j in range(40)))
+        (folder / f"{i}.txt").write_text("\n".join(
+            f"line {i * j % 97} of file {i}: {i + j} is a number" for j in range(40)))
     files = [str(path) for path in sorted(folder.glob("*.txt"))]
-    run_script("data.py", "--dataset", "toy", "--tokenizer", "bytes", "--val_fraction", "0.2", "--data_dir", folder / "data",
-               "--files", *files)
+    run_script("data.py", "--dataset", "toy", "--tokenizer", "bytes", "--val_fraction", "0.2",
+               "--data_dir", folder / "data", "--files", *files)
     return folder / "data"
 
 
 def run_script(script, *args, code=0, command=(sys.executable,), **options):
     """Run a script; returns (stdout, stderr); asserts the exit code and that no traceback was shown."""
-    result = subprocess.run([*command, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    result = subprocess.run([*command, ROOT / script, *map(str, args)], capture_output=True, text=True,
+                            timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
     assert code == 0 or "Traceback" not in result.stderr
     return result.stdout, result.stderr
@@ -61,8 +63,10 @@ def assert_same(one, two, tolerance=0.0):
     for a, b in zip(log1, log2):
         for key in ("train_loss", "val_loss"):
             if key in a:
-                assert math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=0), (a["step"], key, a[key], b[key])
-    for name in w1:         # rounding grows: Adam turns a tiny gradient into a full-sized step (and Muon much more so)
+                assert math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=0), \
+                    (a["step"], key, a[key], b[key])
+    # Rounding grows: Adam turns a tiny gradient into a full-sized step (and Muon much more so)
+    for name in w1:
         difference = (w1[name] - w2[name]).abs().max().item()
         assert difference <= 100 * tolerance, f"{name} differs by {difference}"
 
@@ -85,7 +89,8 @@ def test_trains(runs, objective):
     assert {"step", "tokens", "train_loss", "lr", "tokens_per_second"} <= set(log[0])
     assert log[-1]["tokens"] == 20 * 256
     assert log[-1]["val_loss"] < log[0]["train_loss"] - 0.5, "the loss did not fall"
-    assert log[0]["train_loss"] == pytest.approx(math.log(257), abs=0.2), "the first loss is that of a uniform guess"
+    assert log[0]["train_loss"] == pytest.approx(math.log(257), abs=0.2), \
+        "the first loss is that of a uniform guess"
 
 
 def test_dar_with_lookahead_1_is_ar(runs):
@@ -93,11 +98,13 @@ def test_dar_with_lookahead_1_is_ar(runs):
 
 
 def test_dar_expectation_with_lookahead_1_is_ar(runs):
-    assert_same(runs("--objective", "ar"), runs("--objective", "dar", "--lookahead", "1", "--dar_estimator", "expectation"))
+    assert_same(runs("--objective", "ar"),
+                runs("--objective", "dar", "--lookahead", "1", "--dar_estimator", "expectation"))
 
 
 def test_vlm_with_a_single_ratio_is_mlm(runs):
-    assert_same(runs("--objective", "mlm", "--mask_ratio", "0.4"), runs("--objective", "vlm", "--mask_range", "0.4", "0.4"))
+    assert_same(runs("--objective", "mlm", "--mask_ratio", "0.4"),
+                runs("--objective", "vlm", "--mask_range", "0.4", "0.4"))
 
 
 @pytest.mark.parametrize("objective", ["dar", "vlm"])
@@ -116,12 +123,15 @@ def test_two_processes_are_one(runs, data_dir, tmp_path, objective):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_and_resumed_is_bit_identical(runs, data_dir, tmp_path, optimizer):
-    """kill -9 after the checkpoint of step 10, resume: the same log and the same weights as without the kill."""
+    """kill -9 after the checkpoint of step 10, resume:
+    the same log and the same weights as without the kill.
+    """
     flags = ("--objective", "vlm", "--optimizer", optimizer, "--max_iters", "60")
     undisturbed = runs(*flags)
     out_dir = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir, *flags, "--save_interval", "10"],
+        [sys.executable, ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir, *flags,
+         "--save_interval", "10"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 120
     while not (out_dir / "ckpt.pt").exists() and time.time() < deadline:
@@ -137,9 +147,10 @@ def test_killed_and_resumed_is_bit_identical(runs, data_dir, tmp_path, optimizer
 def test_sigterm_saves_and_resume_continues(runs, data_dir, tmp_path):
     flags = ("--objective", "ar", "--max_iters", "60")
     out_dir = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir, *flags],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir, *flags],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (out_dir / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.002)
     process.terminate()
@@ -152,9 +163,9 @@ def test_sigterm_saves_and_resume_continues(runs, data_dir, tmp_path):
 
 def test_stops_at_a_loss_that_is_not_finite(data_dir, tmp_path):
     out_dir = tmp_path / "out"
-    out, err = run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir, "--objective", "ar", "--optimizer",
-                          "adamw", "--learning_rate", "1e38", "--grad_clip", "0", "--save_interval", "1", "--warmup_iters", "0",
-                          code=1)
+    out, err = run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir, "--objective", "ar",
+                          "--optimizer", "adamw", "--learning_rate", "1e38", "--grad_clip", "0",
+                          "--save_interval", "1", "--warmup_iters", "0", code=1)
     assert "not finite at step" in out + err
     if (out_dir / "ckpt.pt").exists():
         assert all(w.isfinite().all() for w in weights_of(out_dir).values()), "a broken checkpoint was saved"
@@ -163,7 +174,8 @@ def test_stops_at_a_loss_that_is_not_finite(data_dir, tmp_path):
 def test_a_run_is_not_overwritten(data_dir, tmp_path):
     train(data_dir, tmp_path / "out", "--objective", "ar", "--max_iters", "2")
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    args = [*TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out", "--objective", "ar", "--max_iters", "2"]
+    args = [*TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
+            "--objective", "ar", "--max_iters", "2"]
     _, err = run_script("train.py", *args, code=2)
     assert "--resume" in err and "--overwrite" in err
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
