@@ -49,13 +49,14 @@ def build_parser():
                    help="defaults for the sizes below: tiny (laptop CPU), small (one GPU), paper; "
                         "auto picks by device")
     preset = p.add_argument_group("set by the preset unless given")
-    preset.add_argument("--dataset", 
+    preset.add_argument("--dataset",
                         help="name of a folder in data/, see data.py; stdlib is prepared when missing")
     for name, text in [("n_layer", "blocks"), ("n_head", "attention heads"), ("n_embd", "width"),
                        ("block_size", "tokens per sequence, T"), ("batch_size", "sequences per micro-batch"),
                        ("batch_tokens", "tokens per update, over all processes and micro-batches"),
                        ("max_iters", "updates"), ("warmup_iters", "updates of linear warmup"),
-                       ("eval_interval", "updates between validations"), ("eval_iters", "micro-batches per validation")]:
+                       ("eval_interval", "updates between validations"),
+                       ("eval_iters", "micro-batches per validation")]:
         preset.add_argument(f"--{name}", type=int, help=text)
     preset.add_argument("--optimizer", choices=["adamw", "muon"],
                         help="muon: for the blocks' matrices, adamw for the embedding")
@@ -142,7 +143,8 @@ def check_args(args):
                          f"{args.n_head} heads (n_head) of even width")
     if args.batch_tokens % (args.batch_size * args.block_size * world):
         raise ValueError(f"batch_tokens {args.batch_tokens} is not a multiple of "
-                         f"batch_size * block_size * processes = {args.batch_size} * {args.block_size} * {world}")
+                         "batch_size * block_size * processes "
+                         f"= {args.batch_size} * {args.block_size} * {world}")
     if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         raise ValueError(f"{args.out_dir} already holds a run: "
                          "continue it with --resume, or replace it with --overwrite")

@@ -144,8 +144,8 @@ class Transformer(nn.Module):
         """Hidden states.
 
         inputs: (B, T) int64 token ids, T <= block_size. valid: (B, T) bool, False at padding that nobody may
-        attend to (a causal model with padding on the right needs none). layer: stop after that many blocks (0
-        = embeddings). cache: a list of n_layer lists, empty at first, that keeps keys and values; then
+        attend to (a causal model with padding on the right needs none). layer: stop after that many blocks
+        (0 = embeddings). cache: a list of n_layer lists, empty at first, that keeps keys and values; then
         `inputs` are the tokens after the cached ones, all at once or (T = 1) one by one.
         Returns (B, T, C), RMS-normalised.
         """

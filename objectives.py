@@ -35,7 +35,7 @@ class Options:
     dar_estimator: str = "sample"           # dar: sample | expectation
     mask_ratio: float = 0.15                # mlm: fraction of the T positions that is masked
     mask_range: tuple = (0.15, 1.0)         # vlm: lowest and highest fraction
-    corruption: str = "mask"                # mlm, vlm: mask | bert (80 % mask, 10 % random token, 10 % unchanged)
+    corruption: str = "mask"                # mlm, vlm: mask | bert (80 % mask, 10 % random, 10 % unchanged)
     normalization: str = "tokens"           # mlm, vlm: tokens | bound, see `mask_batch`
 
     @property
@@ -116,8 +116,8 @@ def mlm(x, draw, o):
 
 def vlm(x, draw, o):
     """Variable-length masked: as mlm, but the number of masked positions |M| of every sequence is itself
-    uniform on round(low * T) .. round(high * T), so that contexts of every length are seen in training. low =
-    high = r is mlm.
+    uniform on round(low * T) .. round(high * T), so that contexts of every length are seen in training.
+    low = high = r is mlm.
 
     The counts of one step are not drawn independently but follow the lattice (u + i*phi) mod 1 over the
     sequence's index i in the global batch, phi the golden ratio, u uniform and drawn once per step. Each
@@ -137,8 +137,8 @@ def mask_batch(x, counts, slots, draw, o):
       tokens  mean over the masked tokens of the batch: every masked token counts the same, so a sequence
               counts in proportion to its mask ratio and long contexts (few masks) weigh little.
       bound   mean over sequences of the mean over the sequence's masked tokens: every context length counts
-              the same. With counts uniform on 1..T this is the evidence bound of masked diffusion, -log P(x)
-              / T <= loss.
+              the same. With counts uniform on 1..T this is the evidence bound of masked diffusion,
+              -log P(x) / T <= loss.
     """
     T = o.block_size
     x = x[:, :T]
@@ -198,8 +198,8 @@ def window_size(o):
     """Tokens an objective needs per sequence: T for the inputs,
     and those after the last position that may be targets.
 
-    One more for all but dar (the masked objectives ignore it), so that ar, mlm and vlm train on the very same
-    windows.
+    One more for all but dar (the masked objectives ignore it),
+    so that ar, mlm and vlm train on the very same windows.
     """
     return o.block_size + (o.lookahead if o.objective == "dar" else 1)
 

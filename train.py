@@ -122,8 +122,8 @@ def evaluate(model, shards, options, args):
     """Validation loss, nats per scored token: sum of the losses over sum of the weights,
     every process its share.
 
-    The windows and masks are the same at every call. Gradients stay on: without them the model would be
-    compiled anew.
+    The windows and masks are the same at every call.
+    Gradients stay on: without them the model would be compiled anew.
     """
     rank, world = rank_and_world()
     total = torch.zeros(2)

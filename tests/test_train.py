@@ -163,9 +163,9 @@ def test_sigterm_saves_and_resume_continues(runs, data_dir, tmp_path):
 
 def test_stops_at_a_loss_that_is_not_finite(data_dir, tmp_path):
     out_dir = tmp_path / "out"
-    out, err = run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir, "--objective", "ar",
-                          "--optimizer", "adamw", "--learning_rate", "1e38", "--grad_clip", "0",
-                          "--save_interval", "1", "--warmup_iters", "0", code=1)
+    out, err = run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", out_dir,
+                          "--objective", "ar", "--optimizer", "adamw", "--learning_rate", "1e38",
+                          "--grad_clip", "0", "--save_interval", "1", "--warmup_iters", "0", code=1)
     assert "not finite at step" in out + err
     if (out_dir / "ckpt.pt").exists():
         assert all(w.isfinite().all() for w in weights_of(out_dir).values()), "a broken checkpoint was saved"
