@@ -516,12 +516,17 @@ PARTS = {"Objectives as matrices": part1, "Self-supervised loss = matrix factori
          "Classification": part3, "Contexts that never repeat": part4, "Generation": part5,
          "Real text": part6}
 
-def main(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description="The paper's theory on a toy language and on real text.")
     parser.add_argument("--part", type=int, choices=range(1, 7), help="run only this part")
     parser.add_argument("--plot", metavar="FILE", help="also draw a figure of five panels (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is sampled (default: 0)")
     parser.add_argument("--text", metavar="FILE", help="a text file for part 6")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         if args.seed < 0:

@@ -39,7 +39,7 @@ SCAN = 2**24            # tokens at the start of each shard whose ids are checke
 # -----------------------------------------------------------------------------
 # Shards
 
-def encode(pieces, encoding):
+def encode(stream, encoding):
     """Encode (split, text, last) on all cores: yield (split, ids uint32, bytes of text, last), in this order.
 
     Threads, as tiktoken works outside of Python's lock. Text that looks like a special token is text.
@@ -55,7 +55,7 @@ def encode(pieces, encoding):
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
         running, group, size = deque(), [], 0
-        for piece in pieces:
+        for piece in stream:
             group.append(piece)
             size += len(piece[1])
             if size >= PIECE:                               # a thread gets many small documents at once
@@ -165,8 +165,10 @@ def check_arguments(wanted, files, urls):
     for path in files:
         if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
             raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
-        if not os.path.isfile(path) or not os.path.getsize(path):
-            raise DataError(f"{path} is empty" if os.path.isfile(path) else f"{path} is not there")
+        if not os.path.isfile(path):
+            raise DataError(f"{path} is not there")
+        if os.path.getsize(path) == 0:
+            raise DataError(f"{path} is empty")
 
 
 def write_dataset(folder, sources, wanted):

@@ -50,6 +50,12 @@ def ids_of(folder, split):
     return np.concatenate([np.load(path) for path in sorted(Path(folder).glob(f"{split}_*.npy"))]).tolist()
 
 
+def set_piece(monkeypatch, piece):
+    """Documents are cut, and groups of them encoded, in pieces of this many characters."""
+    monkeypatch.setattr(documents, "PIECE", piece)
+    monkeypatch.setattr(data, "PIECE", piece)
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Sixty documents in files of every kind: (paths, texts in order)."""
@@ -116,7 +122,8 @@ def test_bpe_is_the_naive_one(seed):
 def test_tiktoken_applies_the_merges_of_the_training():
     words = random_words(random.Random(0))
     tokens, encoded = naive_bpe(words, 330)
-    encoding = tokenization.build_encoding({"name": "x", "tokens": [token.decode("latin-1") for token in tokens]})
+    spec = {"name": "x", "tokens": [token.decode("latin-1") for token in tokens]}
+    encoding = tokenization.build_encoding(spec)
     assert {word: encoding.encode_ordinary(word.decode()) for word in words} == encoded
 
 
@@ -181,6 +188,7 @@ def test_pieces_have_the_tokens_of_the_document(monkeypatch, name):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     rng = random.Random(0)
     texts = [text_of(rng, 2000) for _ in range(30)]
+    texts += ["".join(rng.choices(".\x1ca ", [5, 5, 1, 1], k=2000)) for _ in range(5)]     # a space in Python only
     encoding = tokenization.build_encoding(tokenization.make_tokenizer(name, texts))
     for piece in (400, 500, 1000):
         monkeypatch.setattr(documents, "PIECE", piece)
@@ -193,7 +201,7 @@ def test_pieces_have_the_tokens_of_the_document(monkeypatch, name):
             assert ids == encoding.encode_ordinary(text)
             at = sorted(rng.choices(range(2001), k=40))
             arriving = [text[i:j] for i, j in zip([0] + at, at + [2000])]
-            assert list(documents.cut(arriving)) == cut              # however it arrives, it is cut the same way
+            assert list(documents.cut(arriving)) == cut         # however it arrives
 
 
 def test_pieces_of_a_text_without_spaces(monkeypatch):
@@ -217,7 +225,7 @@ def test_split_is_a_function_of_the_document():
 @pytest.mark.parametrize("tokenizer, shard_tokens", [("bytes", 1000), ("bpe:300", 777), ("bytes", 10**8)])
 def test_shards_hold_every_document(tmp_path, monkeypatch, corpus, tokenizer, shard_tokens):
     """Against a list of all tokens, for files of every kind. PIECE is small: a document is many pieces."""
-    monkeypatch.setattr(documents, "PIECE", 100)
+    set_piece(monkeypatch, 100)
     files, texts = corpus
     meta = prepare_small(files, tmp_path, tokenizer=tokenizer, shard_tokens=shard_tokens)
     encoding = tokenization.load_tokenizer(tmp_path / "x")
@@ -244,7 +252,7 @@ def test_shards_hold_every_document(tmp_path, monkeypatch, corpus, tokenizer, sh
 
 
 def test_bytes_do_not_depend_on_the_cores(tmp_path, monkeypatch, corpus):
-    monkeypatch.setattr(documents, "PIECE", 100)
+    set_piece(monkeypatch, 100)
     for cores in (1, 7):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
         prepare_small(corpus[0], tmp_path / str(cores))
@@ -286,17 +294,26 @@ def test_empty_split(tmp_path, fraction, message):
 # Interruptions and reruns
 
 def test_stopped_at_any_rename(tmp_path, monkeypatch, corpus):
-    """Stop instead of the k-th rename, for every k. Complete files only, and a rerun makes the same bytes."""
+    """Stop instead of the k-th rename, for every k: complete files only, and a rerun makes the same bytes.
+
+    A file is on the disk before it is renamed.
+    """
+    on_disk, fsync, replace = set(), os.fsync, os.replace
+
+    def note(file):
+        on_disk.add(os.fstat(file).st_ino)
+        fsync(file)
+    monkeypatch.setattr(os, "fsync", note)
     prepare_small(corpus[0], tmp_path / "undisturbed")
     whole = files_of(tmp_path / "undisturbed/x")
     assert len(whole) == 5                                      # two shards of train, one of val, two .json
     for k in range(len(whole)):
         folder, left = tmp_path / str(k), k
         with monkeypatch.context() as patch:
-            replace = os.replace
-
             def stop(old, new):
                 nonlocal left
+                assert os.stat(old).st_ino in on_disk
+                on_disk.clear()
                 left -= 1
                 if left < 0:
                     raise KeyboardInterrupt
@@ -398,9 +415,9 @@ def test_text_file_with_a_bad_byte_is_left_out(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(documents, "PIECE", 100)
     path = tmp_path / f"a.txt{suffix}"
     compress = {".gz": gzip.compress, ".zst": zstd.compress}.get(suffix, bytes)
-    path.write_bytes(compress("é\n".encode() * 999 + b"ab\xe9cd\n" + "é\n".encode() * 999))
+    path.write_bytes(compress("é\n".encode() * 990 + b"ab\xe9cd\n" + "é\n".encode() * 999))
     (error,) = documents.documents(str(path))
-    assert isinstance(error, DataError) and str(error).startswith(f"{path}:1000: invalid UTF-8")
+    assert isinstance(error, DataError) and str(error).startswith(f"{path}:991: invalid UTF-8")
     path.write_bytes(compress("é\n".encode() * 999 + "é".encode()[:1]))         # ends within a character
     (error,) = documents.documents(str(path))
     assert str(error).startswith(f"{path}:1000: invalid UTF-8")
@@ -446,9 +463,9 @@ def test_files_that_are_refused(tmp_path, capsys, name, content, message):
     ("--dataset x --files a.txt --tokenizer bpe:256", "at least 257"),
     ("--dataset x --files a.txt --tokenizer bpe:", "the tokenizer is"),
     ("--dataset x --files a.txt --tokenizer gpt4", "the tokenizer is"),
-    ("--dataset x --files a.txt --val_fraction 0", "val_fraction"),
-    ("--dataset x --files a.txt --val_fraction nan", "val_fraction"),
-    ("--dataset x --files a.txt --shard_tokens 0", "shard_tokens"),
+    ("--dataset x --files a.txt --val_fraction 0", "val_fraction is between"),
+    ("--dataset x --files a.txt --val_fraction nan", "val_fraction is between"),
+    ("--dataset x --files a.txt --shard_tokens 0", "shard_tokens is at least"),
     ("--dataset x --files a.txt --tokenizer bpe:5000", "pairs for bpe:"),
     ("--dataset x --check", "there is no dataset"),
 ])
