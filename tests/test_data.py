@@ -188,7 +188,7 @@ def test_pieces_have_the_tokens_of_the_document(monkeypatch, name):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     rng = random.Random(0)
     texts = [text_of(rng, 2000) for _ in range(30)]
-    texts += ["".join(rng.choices(".\x1ca ", [5, 5, 1, 1], k=2000)) for _ in range(5)]     # a space in Python only
+    texts += ["".join(rng.choices(".\x1ca ", [5, 5, 1, 1], k=2000)) for _ in range(5)]     # a Python space
     encoding = tokenization.build_encoding(tokenization.make_tokenizer(name, texts))
     for piece in (400, 500, 1000):
         monkeypatch.setattr(documents, "PIECE", piece)
