@@ -286,7 +286,7 @@ def bound(A, labels, k):
 
 
 def classification(joint, P, ranks=(3, 9)):
-    """{objective: [probe error at each rank]} on contexts x_1 x_2, which all objectives have. Features are from
+    """{objective: [probe error at each rank]} on the contexts x_1 x_2 that all share. Features are from
     the texts' distribution P, labels from `joint`: the probe always knows the true posterior."""
     labels, errors = cooccurrence(joint, [((0, 1), 6, 1)]), {}                      # axis 6 is the topic
     for name, pairs in short_contexts().items():

@@ -140,7 +140,7 @@ def confidence(model, x, batch_size):
 
         -log P(x) / T = 1/T sum_i -log P(x[j_i] | x[j_1], ..., x[j_{i-1}])
 
-    Start from masks only. j_i is the masked position where the model is surest of some token (the first of equals):
+    Start from masks only. j_i is the masked position where the model is surest of some token (the first of equals, up to 1e-4 nats):
     a function of what is visible, not of x[j_i]. There the text's token is scored and shown, so exp(-T * result) sums
     to 1 over texts: the probability that generation in this order writes x."""
     out = []
@@ -150,7 +150,8 @@ def confidence(model, x, batch_size):
             position = (inputs == model.config.mask_token).nonzero()[:, 1].view(-1, left)           # (B, left)
             hidden = model.features(inputs).take_along_dim(position[:, :, None], 1)     # (B, left, C)
             loss, surest = nats(model, hidden.flatten(0, 1), window.gather(1, position).flatten()).reshape(2, -1, left)
-            best = surest.argmin(axis=1)[:, None]                                       # (B, 1), into position
+            equal = surest <= surest.min(axis=1, keepdims=True) + 1e-4      # all are, in a window of nothing but masks
+            best = equal.argmax(axis=1)[:, None]                                        # (B, 1), into position
             total += np.take_along_axis(loss, best, axis=1)[:, 0]
             j = position.gather(1, torch.from_numpy(best).to(x.device))                 # (B, 1), into the window
             inputs = inputs.scatter(1, j, window.gather(1, j))
