@@ -160,7 +160,7 @@ def options(objective, **kwargs):
 
 
 def peaked_texts(n):
-    """A few texts have most of the probability: targets at different positions differ, so the test has power."""
+    """A few texts have most of the probability: targets differ between positions, the test has power."""
     return np.random.default_rng(1).dirichlet(np.full(3 ** n, 0.1)).reshape((3,) * n)
 
 
