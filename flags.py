@@ -112,16 +112,21 @@ def parse_args(argv=None):
                 raise ValueError(f"--resume cannot change {', '.join(changed)}: "
                                  f"{args.out_dir} was trained with "
                                  + ", ".join(f"{name} {saved[name]}" for name in changed))
-        args.device = pick_device(args.device)
-        if args.preset == "auto":
-            args.preset = "small" if args.device.startswith("cuda") else "tiny"
-        for name, value in PRESETS[args.preset].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        check_args(args)
+        complete(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def complete(args):
+    """Settle the device and what the preset sets, in place. Raises ValueError as check_args does."""
+    args.device = pick_device(args.device)
+    if args.preset == "auto":
+        args.preset = "small" if args.device.startswith("cuda") else "tiny"
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_args(args)
 
 
 def check_args(args):

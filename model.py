@@ -12,9 +12,11 @@ embeddings: every parameter is a matrix.
     hidden = model.features(ids)                    # (B, T) int64 -> (B, T, C)
     logits = model.logits(hidden[:, -1])            # (B, C) -> (B, V) float32
 """
+import ctypes
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -72,8 +74,25 @@ class Attention(nn.Module):
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
         causal = self.causal and T > 1                          # a single new token sees all that is cached
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)   # (B, H, T, D)
+        y = attend(q, k, v, causal, mask)                       # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def attend(q, k, v, causal, mask=None):
+    """Attention, softmax(q k^T / sqrt(D)) v over the visible keys (Vaswani et al. 2017).
+
+    q: (B, H, T, D). k, v: (B, H, S, D), S = T if causal. mask: bool, broadcast to (B, H, T, S), True where
+    visible. Fused, except for bfloat16 on a CPU: there the fused kernel's backward is so slow that the
+    same thing written out is 1.7 to 3 times faster (LOG.md), at the cost of keeping the (B, H, T, S) scores.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)                 # (B, H, T, S)
+    if causal:                                                              # nothing above the diagonal
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=q.dtype).triu(1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ v
 
 
 class MLP(nn.Module):
@@ -110,6 +129,41 @@ def rotate(x, cos, sin):
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+def logits(hidden, weight, vocab_size):
+    """hidden (..., C), weight (V, C) -> (..., V) float32; -inf for ids that are never predicted."""
+    scores = F.linear(hidden, weight)
+    scores[..., vocab_size:] = -torch.inf
+    return scores.float()
+
+
+class CrossEntropy(torch.autograd.Function):
+    """hidden (N, C), weight (V, C), targets (N, K), weights (N,) -> sum over n of weights[n] times the mean over
+    k of -log softmax(logits[n])[targets[n, k]], nats.
+
+    The (N, V) logits, at a vocabulary of 50,000 by far the largest buffer of a step, are never held in memory:
+    the gradient of row n with respect to its logits is weights[n] * (softmax - mean over k of one-hot targets),
+    so a chunk of rows is turned into its loss and its gradients at once, and forgotten. The operations are
+    those of autograd, three matrix products.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, vocab_size):
+        rows = max(1, (2 ** 27 if hidden.is_cuda else 2 ** 25) // len(weight))      # of a chunk
+        W, loss, d_hidden, d_weight = weight.to(hidden.dtype), 0.0, [], torch.zeros_like(weight)
+        for h, t, w in zip(hidden.split(rows), targets.split(rows), weights[:, None].split(rows)):
+            log_p = F.log_softmax(logits(h, W, vocab_size), dim=-1)                 # (rows, V) float32
+            loss = loss - (log_p.gather(1, t) * w).sum() / t.size(1)
+            d_logits = log_p.exp_().mul_(w).scatter_add_(1, t, (-w / t.size(1)).expand(t.shape)).to(h.dtype)
+            d_hidden.append(d_logits @ W)                                           # (rows, C)
+            d_weight += d_logits.T @ h                                              # (V, C)
+        ctx.save_for_backward(torch.cat(d_hidden), d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss, None, None, None
 
 
 class Transformer(nn.Module):
@@ -165,9 +219,7 @@ class Transformer(nn.Module):
         """hidden (..., C) -> (..., V) float32;
         -inf for the mask token and padding, which are never predicted.
         """
-        logits = F.linear(hidden, self.wte.weight.to(hidden.dtype))
-        logits[..., self.config.vocab_size:] = -torch.inf
-        return logits.float()
+        return logits(hidden, self.wte.weight.to(hidden.dtype), self.config.vocab_size)
 
     def forward(self, inputs, positions, targets, weights):
         """The loss of a batch of any objective (objectives.py): sum over n of weights[n] times the
@@ -177,9 +229,7 @@ class Transformer(nn.Module):
         inputs: (B, T) int64. positions: (N,) int64 into B*T. targets: (N, K) int64. weights: (N,) float32.
         """
         hidden = self.features(inputs).flatten(0, 1).index_select(0, positions)     # (N, C)
-        logits = self.logits(hidden)                            # (N, V) float32: the step's largest buffer
-        loss = logits.logsumexp(dim=-1) - logits.gather(1, targets).mean(dim=1)     # (N,) -log P(targets)
-        return (loss * weights).sum()
+        return CrossEntropy.apply(hidden, self.wte.weight, targets, weights, self.config.vocab_size)
 
 # -----------------------------------------------------------------------------
 # How large, how much work
@@ -238,6 +288,19 @@ def pick_dtype(dtype="auto", device="cpu"):
                  for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
         native = device == "cpu" and any(test() for test in tests if test)
     return torch.bfloat16 if native else torch.float32
+
+
+
+def reuse_memory():
+    """Let this process keep freed memory for its next step (Linux with glibc; elsewhere nothing happens).
+
+    By default glibc hands every large buffer back to the kernel, which zeroes it when it is asked for again:
+    15 to 30 % of a training step on a CPU (LOG.md). For scripts, at their start: it holds for the process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)                                          # M_MMAP_MAX: no buffer of its own mapping
+        mallopt(-1, 2**31 - 1)                                  # M_TRIM_THRESHOLD: give nothing back
 
 # -----------------------------------------------------------------------------
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are

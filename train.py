@@ -33,7 +33,7 @@ import data
 import objectives
 from flags import parse_args
 from model import (Config, Transformer, flops, num_params, peak_flops, pick_dtype, read_checkpoint,
-                   save_checkpoint, save_config, write_atomically)
+                   reuse_memory, save_checkpoint, save_config, write_atomically)
 from objectives import CAUSAL, OBJECTIVES, Draw, Options
 from sample import generate
 from tokenizer import load_tokenizer
@@ -365,6 +365,7 @@ def finish(args, model, meta):
 
 def main(argv=None):
     args = parse_args(argv)
+    reuse_memory()
     try:
         train(args)
     except data.DataError as error:
