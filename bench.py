@@ -17,7 +17,6 @@ Every time is a median over repeats, with the quartiles in brackets.
 import copy
 import json
 import platform
-import sys
 import tempfile
 import time
 from functools import partial
@@ -28,10 +27,10 @@ import torch
 
 import data
 import flags
-import objectives
-from documents import DataError, pieces, stdlib_files
+from documents import pieces, stdlib_files
 from eval_ppl import left_to_right_masked
-from model import Config, Transformer, flops, pick_dtype, reuse_memory, write_atomically
+from files import one_line_errors, write_json
+from model import Config, Transformer, flops, pick_dtype, reuse_memory
 from objectives import CAUSAL, OBJECTIVES
 from sample import append, draw, fill
 from tokenizer import build_encoding, make_tokenizer
@@ -71,7 +70,8 @@ def peak_memory(step, device):
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
@@ -89,8 +89,8 @@ def ceilings(device, dtypes):
         times = seconds({"product": lambda: a @ b}, repeats, device)["product"]
         out[str(dtype)[6:]] = 2 * n ** 3 / float(np.median(times))
     a, b = (torch.zeros(2 ** 26, device=device) for _ in range(2))                  # 256 MiB each
-    out["copy"] = 2 * 4 * 2 ** 26 / float(np.median(seconds({"copy": lambda: b.copy_(a)}, repeats, device)["copy"]))
-    return out
+    times = seconds({"copy": lambda: b.copy_(a)}, repeats, device)["copy"]
+    return out | {"copy": 2 * 4 * 2 ** 26 / float(np.median(times))}
 
 # -----------------------------------------------------------------------------
 # What is measured. Each part returns {name: number or dict}, for the table and for JSON
@@ -245,8 +245,7 @@ def comparison(old, new):
 PARTS = ("step", "prepare", "score", "sample")
 
 def build_parser():
-    p = flags.build_parser()                                    # whatever train.py takes
-    p.description, p.conflict_handler = "Measure training, preparation, scoring and sampling.", "resolve"
+    p = flags.build_parser("Measure training, preparation, scoring and sampling.", conflict_handler="resolve")
     p.add_argument("--objective", nargs="+", choices=[*OBJECTIVES, "all"], default=["all"], help="which to measure")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     p.add_argument("--vocab_size", type=int, help="default: that of the preset's dataset")
@@ -299,14 +298,10 @@ def run(args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     reuse_memory()
-    try:
+    with one_line_errors():
         result = run(args)
         if args.json:
-            text = json.dumps(result, indent=1)
-            write_atomically(args.json, lambda file: file.write(text.encode()))
-    except (ValueError, OSError) as error:                      # bad input, one line; DataError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            write_json(args.json, result)
 
 
 if __name__ == "__main__":

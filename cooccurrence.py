@@ -17,6 +17,7 @@ out of some twenty settings, because the ordering is clean there; where the clai
 """
 import argparse
 import glob
+import importlib.util
 import math
 import os
 import re
@@ -26,6 +27,8 @@ from itertools import combinations, product
 if __name__ == "__main__":                          # small matrices: threads would only wait for each other
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
+
+from files import one_line_errors
 
 # -----------------------------------------------------------------------------
 # The language, and objectives as lists of (visible positions S, target position j, probability)
@@ -526,30 +529,26 @@ def build_parser():
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
+    args = build_parser().parse_args(argv)
+    with one_line_errors():
         if args.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {args.seed}")
         if args.plot and args.part:
             raise ValueError("--plot needs all parts: leave out --part")
         if args.text and len(set(tokens(args.text))) < 20:
             raise ValueError(f"{args.text} has fewer than 20 different words, too few for a spectrum")
-        if args.plot:
-            import matplotlib                                               # noqa: F401, fail before the work
+        if args.plot:                                                       # fail before the work
+            if not importlib.util.find_spec("matplotlib"):
+                raise ValueError("--plot needs matplotlib: pip install matplotlib")
             open(args.plot, "ab").close()
-    except ImportError:
-        parser.exit(2, "error: --plot needs matplotlib: pip install matplotlib\n")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
-    results = {}
-    for number, (title, part) in enumerate(PARTS.items(), 1):
-        if args.part in (None, number):
-            print(f"{number}. {title}\n{'-' * 110}")
-            results.update(part(args))
-            print()
-    if args.plot:
-        figure(args.plot, **results)
+        results = {}
+        for number, (title, part) in enumerate(PARTS.items(), 1):
+            if args.part in (None, number):
+                print(f"{number}. {title}\n{'-' * 110}")
+                results.update(part(args))
+                print()
+        if args.plot:
+            figure(args.plot, **results)
 
 
 if __name__ == "__main__":

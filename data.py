@@ -12,8 +12,6 @@ no dataset. A file gets its name when it is complete. After a crash the same com
 the same bytes, on any number of cores (downloads go on where they broke off).
 """
 import argparse
-import hashlib
-import http.client
 import json
 import os
 import re
@@ -21,13 +19,12 @@ import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 from tqdm import tqdm
 
-from documents import PIECE, STDLIB, DataError, close_on_disk, pieces, sample, write_json
+from documents import PIECE, STDLIB, pieces, sample
+from files import DataError, close_on_disk, fetch, file_sha256, locked, one_line_errors, write_json
 from tokenizer import build_encoding, make_tokenizer, save_tokenizer
 
 DATA_DIR = "data"
@@ -104,14 +101,6 @@ class ShardWriter:
             self.file = None
 
 
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, shard_tokens=SHARD_TOKENS,
             data_dir=DATA_DIR, base_url=PILE_URL, overwrite=False):
     """Make the dataset data_dir/name, unless it is there, and return its meta.json. Raises DataError.
@@ -127,21 +116,22 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
               "val_fraction": VAL_FRACTION.get(name, 0.01) if val_fraction is None else val_fraction,
               "shard_tokens": shard_tokens}
     check_arguments(wanted, files, urls)
-    if os.path.exists(os.path.join(folder, "meta.json")) and not overwrite:
-        meta, _ = load(name, data_dir)
-        changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
-        if changed:
-            raise DataError(f"{folder} is there already, with other {changed}: add --overwrite to replace it")
-        print(f"{folder} is there already")
-        return meta
-    os.makedirs(folder, exist_ok=True)
-    for old in ["meta.json", "train_*.npy", "val_*.npy"]:
-        for path in Path(folder).glob(old):
-            path.unlink()
-    downloads = [os.path.join(folder, os.path.basename(url)) for url in urls]
-    for url, path in zip(urls, downloads):
-        fetch(url, path)
-    meta = write_dataset(folder, downloads or wanted["sources"], wanted)
+    with locked(folder):
+        if os.path.exists(os.path.join(folder, "meta.json")) and not overwrite:
+            meta, _ = load(name, data_dir)
+            changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
+            if changed:
+                raise DataError(f"{folder} is there already, with other {changed}: "
+                                "add --overwrite to replace it")
+            print(f"{folder} is there already")
+            return meta
+        for old in ["meta.json", "train_*.npy", "val_*.npy"]:
+            for path in Path(folder).glob(old):
+                path.unlink()
+        downloads = [os.path.join(folder, os.path.basename(url)) for url in urls]
+        for url, path in zip(urls, downloads):
+            fetch(url, path)
+        meta = write_dataset(folder, downloads or wanted["sources"], wanted)
     for split, total in meta["splits"].items():
         counts = ", ".join(f"{total[key]:,} {key}" for key in ("documents", "bytes", "tokens"))
         print(f"{folder}: {split}: {counts}")
@@ -266,46 +256,6 @@ def windows(shards, span, u):
     return np.stack([shards[s][i:i + span] for s, i in zip(shard, first)]).astype(np.int64)
 
 # -----------------------------------------------------------------------------
-# Download
-
-def fetch(url, path, sha256=None, size=None):
-    """Download url to path, unless it is there. A broken download leaves path.part; a rerun goes on there.
-
-    Raises DataError, also if fewer bytes arrive than the server said, or not `size` bytes with this `sha256`.
-    """
-    if os.path.exists(path):
-        return
-    part, total = f"{path}.part", size
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    headers = {"User-Agent": "Mozilla/5.0", **({"Range": f"bytes={have}-"} if have else {})}
-    try:
-        with urlopen(Request(url, headers=headers), timeout=60) as response:
-            have = have if response.status == 206 else 0    # another answer is the whole file
-            if response.headers["Content-Length"]:
-                total = have + int(response.headers["Content-Length"])
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=os.path.basename(path), initial=have, total=total, unit="B", unit_scale=True,
-                    disable=None) as bar:
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                close_on_disk(file)
-    except HTTPError as error:
-        if error.code == 416:                               # there is nothing after the part: start anew
-            os.remove(part)
-            return fetch(url, path, sha256, size)
-        raise DataError(f"{url}: HTTP {error.code} {error.reason}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {getattr(error, 'reason', error)}") from None
-    got = os.path.getsize(part)
-    if total is not None and got < total:
-        raise DataError(f"{url}: broke off at {got} of {total} bytes; the same command again goes on there")
-    if size not in (None, got) or sha256 not in (None, file_sha256(part)):
-        os.remove(part)
-        raise DataError(f"{url}: not the expected file, its size or sha256 is another; it was removed")
-    os.replace(part, path)
-
-# -----------------------------------------------------------------------------
 # Command line
 
 def build_parser():
@@ -330,15 +280,12 @@ def build_parser():
 def main(argv=None):
     args = vars(build_parser().parse_args(argv))
     name, only_check = args.pop("dataset"), args.pop("check")
-    try:
+    with one_line_errors(DataError, OSError):
         if only_check:
             load(name, args["data_dir"], full=True)
             print(f"{os.path.join(args['data_dir'], name)} is as it was made")
         else:
             prepare(name, **args)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import codecs
 import gzip
 import hashlib
 import json
-import os
 import re
 import sys
 import sysconfig
 import zlib
 from pathlib import Path
+
+from files import DataError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -27,10 +28,6 @@ STDLIB = f"standard library of Python {sys.version.split()[0]}"
 PIECE = 2**18           # characters; longer documents are encoded in pieces of at most this size
 MAX_LINE = 2**25        # bytes; a longer line of a .jsonl file is skipped, so that memory stays bounded
 BPE_SAMPLE = 2**24      # characters that a vocabulary is trained on
-
-
-class DataError(ValueError):
-    """Bad input; the message is one line for the user."""
 
 # -----------------------------------------------------------------------------
 # Documents. Each is an iterable of strings, as an enormous one must not be in memory at once.
@@ -176,18 +173,3 @@ def sample(sources, val_fraction):
                 left -= len(text)
             if left <= 0:
                 break
-
-# -----------------------------------------------------------------------------
-# Writing: a file gets its name when it is complete and on the disk
-
-def close_on_disk(file):
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def write_json(path, value):
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(value, file, indent=1)
-        close_on_disk(file)
-    os.replace(file.name, path)

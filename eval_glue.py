@@ -18,7 +18,6 @@ models that differ only in their seed differ by more.
 """
 import argparse
 import copy
-import json
 import shlex
 import sys
 import time
@@ -29,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from tokenizer import load_tokenizer
+from files import one_line_errors, write_json
 from glue_data import GLUE, METRICS, STDLIB, bootstrap, load_task
-from model import Transformer, load_checkpoint, pick_device, pick_dtype, write_atomically
+from model import Transformer, load_checkpoint, pick_device, pick_dtype, reuse_memory
+from tokenizer import load_tokenizer
 
 STRENGTHS = [10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4]              # of the L2 penalty, from strong to weak
 TOLERANCE = 1e-5                            # largest component of the gradient at which a probe is fitted
@@ -41,12 +41,16 @@ BATCH_TOKENS = 16384                        # padded tokens per forward pass
 # -----------------------------------------------------------------------------
 # Text -> token ids -> features
 
-def encode(encoding, examples, T):
+def encode(encoding, examples, T, half=0):
     """(token ids of each example, a list of int lists of length 1..T; how many were cut to fit).
 
-    A pair is a <end-of-text> b. What is too long loses its end; of a pair, the longer of the two does.
+    A pair is a <end-of-text> b. What is too long loses its end; of a pair, the longer of the two does. With
+    `half`, a pair is the last `half` tokens of a and the first `half` of b.
     """
     texts = [encoding.encode_ordinary_batch(list(column)) for column in zip(*examples)]
+    if half:
+        half = min(half, (T - 1) // 2)
+        texts = [[ids[-half:] for ids in texts[0]], [ids[:half] for ids in texts[1]]]
     rows, cut = [], 0
     for parts in zip(*texts):
         room = T - (len(parts) - 1)
@@ -257,15 +261,15 @@ def limit(task, n):
 
 def score(task, metric, predictions):
     """[{"value", "se"}] for each dev set."""
-    return [{"value": METRICS[metric](p, true), "se": bootstrap(METRICS[metric], p, true)}
-            for p, (_, true) in zip(predictions, task.dev.values())]
+    return [{"value": METRICS[metric](p, true), "se": bootstrap(METRICS[metric], p, true, groups)}
+            for p, (_, true, groups) in zip(predictions, task.dev.values())]
 
 
 def evaluate(model, encoding, task, args):
     """A list of results, one for each pooling, dev set and metric."""
     start, eot, K = time.time(), encoding.eot_token, len(task.classes)
     kinds = args.pool or (["mean", "max"] if task.name in STDLIB else ["mean"])
-    (rows, cut), *tests = [encode(encoding, examples, model.config.block_size)
+    (rows, cut), *tests = [encode(encoding, examples, model.config.block_size, task.half)
                            for examples in [task.train, *(d[0] for d in task.dev.values())]]
     tests, cut = [t[0] for t in tests], cut + sum(t[1] for t in tests)
     guess = np.bincount(task.y).argmax() if K else task.y.mean()
@@ -284,7 +288,7 @@ def evaluate(model, encoding, task, args):
         for metric in task.metrics:
             scores = {name: score(task, metric, fit[0]) for name, fit in fits.items()}
             scores["majority"] = score(task, metric, majority)
-            for i, (split, (_, true)) in enumerate(task.dev.items()):
+            for i, (split, (_, true, _)) in enumerate(task.dev.items()):
                 row = {"task": " ".join([task.name, split]).strip(), "metric": metric, "pool": kind,
                        **{name: s[i] for name, s in scores.items()}, **{f"{n}_fit": fit[1] for n, fit in fits.items()}}
                 if seeds:
@@ -362,8 +366,7 @@ def run(args, command):
             report["results"] += results
             print(f"{checkpoint}: {task.name}, {len(task.y)} training examples, {task.malformed} malformed rows skipped, "
                   f"{results[-1]['cut']} texts cut to {model.config.block_size} tokens, {results[-1]['seconds']} s", flush=True)
-        text = json.dumps(report, indent=1)
-        write_atomically(Path(checkpoint, "eval_glue.json"), lambda file: file.write(text.encode()))
+        write_json(Path(checkpoint, "eval_glue.json"), report)
         reports.append(report)
     protocol = "fine-tuned, median [range] of seeds" if args.finetune else "linear probe"
     print(f"\n{protocol}, percent ± bootstrap standard error\n{table(reports)}")
@@ -371,11 +374,9 @@ def run(args, command):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    try:
+    reuse_memory()
+    with one_line_errors():
         run(args, shlex.join(["python", "eval_glue.py", *(sys.argv[1:] if argv is None else argv)]))
-    except (ValueError, OSError) as error:                      # bad input, one line each; DataError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

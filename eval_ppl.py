@@ -19,14 +19,11 @@ bits per byte or word perplexity. All numbers go to CHECKPOINT/eval_ppl_TEXT_MET
 FILE's name without its ending, METHOD may end in -one or -matched.
 """
 import argparse
-import hashlib
 import importlib.util
-import json
 import math
 import shlex
 import sys
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +33,8 @@ from tqdm import tqdm
 
 import data
 import tokenizer
-from model import load_checkpoint, pick_device, pick_dtype, write_atomically
+from files import DataError, fetch, file_sha256, one_line_errors, unzip, write_json
+from model import load_checkpoint, pick_device, pick_dtype, reuse_memory
 from objectives import Draw, Options, lattice, mask_batch, mask_count
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -55,7 +53,7 @@ NOTES = {                       # what one has to know to read a model's column,
     "pseudo": "pseudo-perplexity, NOT a likelihood: each token is predicted from both sides",
     "confidence": "exact likelihood of generation in the order of the model's confidence"}
 
-progress = partial(tqdm, unit="batch", dynamic_ncols=True, leave=False)
+progress = partial(tqdm, unit="batch", dynamic_ncols=True, leave=False, disable=None)
 
 # -----------------------------------------------------------------------------
 # The four definitions. x: (n, T) int64 windows. Each returns nats per token, numpy float64
@@ -195,25 +193,12 @@ def wikitext(folder):
     path, archive = Path(folder, "wiki.test.raw"), Path(folder, "wikitext-2-raw-v1.zip")
     if not path.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
-        data.fetch(WIKITEXT_URL, str(archive), sha256=WIKITEXT_SHA256)
-        extract(archive, path)
+        fetch(WIKITEXT_URL, str(archive), sha256=WIKITEXT_SHA256)
+        unzip(archive, {"wikitext-2-raw/wiki.test.raw": path})
         archive.unlink()
-    if hashlib.sha256(path.read_bytes()).hexdigest() != WIKITEXT_TEST_SHA256:
-        raise data.DataError(f"{path} is not the official file: remove it, or name it with --text")
+    if file_sha256(path) != WIKITEXT_TEST_SHA256:
+        raise DataError(f"{path} is not the official file: remove it, or name it with --text")
     return path
-
-
-def extract(archive, path):
-    """Write the file of that name from a zip to `path`. Raises DataError: a broken archive, or paths that lead out."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            for name in file.namelist():
-                if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
-                    raise data.DataError(f"{archive} is refused: a path in it leads out of its folder: {name}")
-            content = file.read(next(name for name in file.namelist() if name.split("/")[-1] == path.name))
-    except (zipfile.BadZipFile, EOFError, StopIteration) as error:
-        raise data.DataError(f"{archive} is broken or does not hold {path.name}: {error}") from None
-    write_atomically(path, lambda out: out.write(content))
 
 
 def read_tokens(args, checkpoint, train):
@@ -380,7 +365,7 @@ def run(args, command):
                   "lookahead": lookahead, "command": command, "text": name, "method": args.method, "suffix": suffix,
                   "samples": args.samples, "dtype": str(model.dtype)[6:], "device": args.device}
         reports.append(report | measure(model, x, encoding, train, args))
-        write_atomically(path, lambda file: file.write(json.dumps(reports[-1], indent=1).encode()))
+        write_json(path, reports[-1])
     print(f"\n{args.method} on {name}, ± standard error over windows\n{table(reports)}")
     if len({(r["block_size"], r["tokens"], r["bytes"]) for r in reports}) > 1:
         print("Windows differ between models (vocabulary or block_size): compare bits per byte and word perplexity.")
@@ -390,11 +375,9 @@ def run(args, command):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    try:
+    reuse_memory()
+    with one_line_errors():
         run(args, shlex.join(["python", "eval_ppl.py", *(sys.argv[1:] if argv is None else argv)]))
-    except (ValueError, OSError) as error:                      # bad input, one line each; DataError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per updat
                   optimizer="adamw", learning_rate=6e-4, eval_interval=500, eval_iters=40),
 }
 
-def build_parser():
-    p = argparse.ArgumentParser(description="Pretrain a Transformer with any objective of objectives.py.",
+def build_parser(description="Pretrain a Transformer with any objective of objectives.py.", **how):
+    p = argparse.ArgumentParser(description=description, **how,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--objective", choices=OBJECTIVES, default="vlm",
                    help="what is predicted from what, see objectives.py")

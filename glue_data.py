@@ -10,13 +10,13 @@ are not GLUE. Their training examples come from files of the running Python's li
 split, their test examples from files of its validation split: no test file was seen in pretraining or by the probe.
 """
 import os
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
-from data import VAL_FRACTION, fetch
-from documents import DataError, document_is_val, stdlib_files
+from data import VAL_FRACTION
+from documents import document_is_val, stdlib_files
+from files import DataError, fetch, unzip, write_atomically
 
 # -----------------------------------------------------------------------------
 # Metrics. predicted, true: (n,) arrays of class numbers, or of scores for the correlations. Each returns a float
@@ -60,11 +60,18 @@ def ranks(values):
 METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "Spearman": spearman}
 
 
-def bootstrap(metric, predicted, true, samples=500):
-    """Standard error of metric(predicted, true): its standard deviation over resamples of the test examples."""
-    rng = np.random.default_rng(0)
-    picks = (rng.integers(len(true), size=len(true)) for _ in range(samples))
-    return float(np.std([metric(predicted[i], true[i]) for i in picks], ddof=1))
+def bootstrap(metric, predicted, true, groups, samples=500):
+    """Standard error of metric(predicted, true): its standard deviation over resamples of the groups.
+
+    groups: (n,) numbers; examples of one group (chunks of one file) are not independent and stay together.
+    """
+    rng, (names, group) = np.random.default_rng(0), np.unique(groups, return_inverse=True)
+    values = []
+    for _ in range(samples):
+        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))    # each is drawn
+        i = np.repeat(np.arange(len(true)), times[group])
+        values.append(metric(predicted[i], true[i]))
+    return float(np.std(values, ddof=1))
 
 # -----------------------------------------------------------------------------
 # GLUE
@@ -80,15 +87,20 @@ class Layout(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Examples are lists of (text,) or (text, text); y is an array of class numbers, or of scores if classes is ()."""
+    """Examples are lists of (text,) or (text, text).
+
+    y: class numbers, or scores if classes is (). groups: examples with equal numbers are never split between
+    fit and held-out, and stay together in the bootstrap (GLUE: each its own).
+    """
     name: str
     train: list
-    y: np.ndarray
-    groups: np.ndarray                      # of the training examples: equal numbers are never split between fit and
-    dev: dict                               # held-out. dev: {"": (examples, y)}, or "matched" and "mismatched"
+    y: np.ndarray                           # (n,)
+    groups: np.ndarray                      # (n,)
+    dev: dict                               # {"": (examples, y, groups)}, or "matched" and "mismatched"
     classes: tuple
     metrics: tuple
     malformed: int                          # rows that were skipped
+    half: int = 0                           # pairs: tokens to take of each text, where they meet (0: all)
 
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -161,8 +173,9 @@ def load_glue(name, glue_dir, download):
             download_glue(name, glue_dir, files)
     (train, y, bad), *dev = [read_tsv(os.path.join(folder, file), layout) for file in files]
     names = [file[4:-4] for file in layout.dev]                             # "" or matched, mismatched
-    return Task(name, train, y, np.arange(len(y)), {n: d[:2] for n, d in zip(names, dev)}, layout.labels,
-                layout.metrics, bad + sum(d[2] for d in dev))
+    dev_sets = {n: (examples, y, np.arange(len(y))) for n, (examples, y, _) in zip(names, dev)}
+    return Task(name, train, y, np.arange(len(y)), dev_sets, layout.labels, layout.metrics,
+                bad + sum(d[2] for d in dev))
 
 
 def download_glue(name, glue_dir, files, base_url=GLUE_URL, mrpc_url=MRPC_URL):
@@ -176,30 +189,8 @@ def download_glue(name, glue_dir, files, base_url=GLUE_URL, mrpc_url=MRPC_URL):
         fetch(mrpc_url, os.path.join(folder, "msr_paraphrase_train.txt"))
         split_mrpc(folder)
     else:
-        extract(archive, folder, [f"{name}/{file}" for file in files])
+        unzip(archive, {f"{name}/{file}": os.path.join(folder, file) for file in files})
         os.remove(archive)
-
-
-def extract(archive, folder, members):
-    """Write the named members of a zip into folder, without their path. Raises DataError if it is not what we want.
-
-    Nothing else is written, so a member with a path that leads elsewhere does no harm; such an archive is refused.
-    """
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            for name in zipped.namelist():
-                if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
-                    raise DataError(f"{archive}: refused, it holds a path that leads out of it: {name!r}")
-            for member in members:
-                write_whole(os.path.join(folder, os.path.basename(member)), zipped.read(member))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise DataError(f"{archive} is damaged or not the official one ({error}): remove it and try again") from None
-
-
-def write_whole(path, content):
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-    os.replace(f"{path}.tmp", path)
 
 
 def split_mrpc(folder):
@@ -215,12 +206,14 @@ def split_mrpc(folder):
     for row in rows:
         split["dev.tsv" if tuple(row.split(b"\t")[1:3]) in dev_ids else "train.tsv"].append(row)
     for file, lines in split.items():
-        write_whole(os.path.join(folder, file), b"".join(lines))
+        content = b"".join(lines)
+        write_atomically(os.path.join(folder, file), lambda out: out.write(content))
 
 # -----------------------------------------------------------------------------
 # Built-in tasks, from the source text of the running Python's standard library
 
 CHUNK = 256                                 # characters, about 90 tokens of the default vocabulary
+HALF = 48                                   # tokens of each text of a pair
 MAX_CLASSES, PER_CLASS, PER_FILE = 16, 250, 40              # PER_*: chunks of a training class, of a file
 
 
@@ -259,11 +252,11 @@ def stdlib_topic(files):
 
 
 def stdlib_pair(files):
-    """Does the second half continue the first? Each first half occurs twice: with its own second half (class 1) and
-    with one from another file (class 0). Both halves are distributed alike in both classes, so a linear probe on a sum
-    of token embeddings is at chance; on their mean nearly so (53 to 54 % measured: the divisor, the number of tokens,
-    depends on both halves). A maximum is not a sum: with max pooling even random
-    embeddings are above chance, as halves that belong together share more tokens."""
+    """Does the second text continue the first? Each first text occurs twice: with its own continuation (class 1)
+    and with that of another file (class 0), and of each the HALF tokens next to the cut are taken. So both texts
+    are distributed alike in both classes and of one length, and a linear probe on the mean of token embeddings
+    is at chance: only context helps. (Not so a maximum: texts that belong together share more tokens.)
+    """
     rng, rows = np.random.default_rng(0), {False: [], True: []}
     for part, members in stdlib_chunks(files, halves).items():
         pairs = [(pair, number) for _, number, texts in members for pair in texts]
@@ -274,27 +267,27 @@ def stdlib_pair(files):
         for i, ((first, second), number) in enumerate(pairs):
             foreign = pairs[(i + shift) % n][0][1]
             rows[part] += [((first, second), 1, number), ((first, foreign), 0, number)]
-    return make_task("stdlib-pair", rows, ("other", "continues"))
+    return make_task("stdlib-pair", rows, ("other", "continues"), HALF)
 
 
 def halves(text):
-    """Pairs of CHUNK/2 characters before and after the end of a line, spread over the text. Both have one length, and
-    no cut word tells which belong together."""
-    half, last, pairs = CHUNK // 2, 0, []
-    for start in range(half, len(text) - half, 4 * CHUNK):
-        cut = text.find("\n", max(start, last + half)) + 1
-        if cut and cut + half <= len(text):
-            pairs.append((text[cut - half:cut], text[cut:cut + half]))
-            last = cut + half
+    """Pairs of CHUNK characters before and after the end of a line, spread over the text: no cut word tells
+    which belong together."""
+    last, pairs = 0, []
+    for start in range(CHUNK, len(text) - CHUNK, 4 * CHUNK):
+        cut = text.find("\n", max(start, last + CHUNK)) + 1
+        if cut and cut + CHUNK <= len(text):
+            pairs.append((text[cut - CHUNK:cut], text[cut:cut + CHUNK]))
+            last = cut + CHUNK
     return pairs[:PER_FILE]
 
 
-def make_task(name, rows, classes):
+def make_task(name, rows, classes, half=0):
     if len(classes) < 2 or not rows[False] or not rows[True]:
         raise DataError(f"{name}: the standard library of this Python has too few source files")
-    (train, y, groups), (test, test_y, _) = [list(zip(*rows[part])) for part in (False, True)]
-    return Task(name, list(train), np.array(y), np.array(groups), {"": (list(test), np.array(test_y))}, classes,
-                ("accuracy",), 0)
+    (train, y, groups), test = [list(zip(*rows[part])) for part in (False, True)]
+    dev = (list(test[0]), np.array(test[1]), np.array(test[2]))
+    return Task(name, list(train), np.array(y), np.array(groups), {"": dev}, classes, ("accuracy",), 0, half)
 
 
 STDLIB = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}

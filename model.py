@@ -23,6 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from files import write_atomically, write_json
+
 # -----------------------------------------------------------------------------
 # The model
 
@@ -305,23 +307,11 @@ def reuse_memory():
 # -----------------------------------------------------------------------------
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file, flush it to disk, rename it to `path`:
-    never a partial file there.
-    """
-    with open(f"{path}.tmp", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
 def save_config(out_dir, config, **rest):
     """Write out_dir/config.json: the model's sizes,
     and what else the caller wants to be known (JSON values).
     """
-    text = json.dumps({"model": asdict(config), **rest}, indent=1)
-    write_atomically(os.path.join(out_dir, "config.json"), lambda file: file.write(text.encode()))
+    write_json(os.path.join(out_dir, "config.json"), {"model": asdict(config), **rest})
 
 
 def save_checkpoint(out_dir, model, optimizers, step):

@@ -19,8 +19,9 @@ from functools import partial
 
 import torch
 
-from tokenizer import load_tokenizer
+from files import one_line_errors
 from model import load_checkpoint, pick_device, pick_dtype
+from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
 # One draw
@@ -203,11 +204,8 @@ def run(args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     sys.stdout.reconfigure(errors="replace")                # "?" where a terminal cannot show a character
-    try:
+    with one_line_errors():
         run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 import data
 import objectives
+from files import DataError, one_line_errors, write_atomically
 from flags import parse_args
 from model import (Config, Transformer, flops, num_params, peak_flops, pick_dtype, read_checkpoint,
-                   reuse_memory, save_checkpoint, save_config, write_atomically)
+                   reuse_memory, save_checkpoint, save_config)
 from objectives import CAUSAL, OBJECTIVES, Draw, Options
 from sample import generate
 from tokenizer import load_tokenizer
@@ -366,11 +367,8 @@ def finish(args, model, meta):
 def main(argv=None):
     args = parse_args(argv)
     reuse_memory()
-    try:
+    with one_line_errors(DataError, OSError):
         train(args)
-    except data.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import pytest
 import data
 import documents
 import tokenizer as tokenization
-from documents import DataError, zstd
+from documents import zstd
+from files import DataError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -652,3 +653,14 @@ def test_every_flag_has_help_and_nothing_needs_torch():
     assert all(action.help for action in data.build_parser()._actions)
     for code in (["-c", "import sys, data; assert 'torch' not in sys.modules"], ["data.py", "--help"]):
         subprocess.run([sys.executable, *code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_two_processes_at_once_make_one_dataset(tmp_path):
+    """The second waits for the first, then finds the dataset there."""
+    write_jsonl(tmp_path / "a.jsonl", [f"number {i} " * 2000 for i in range(200)])
+    command = [sys.executable, ROOT / "data.py", "--dataset", "x", "--files", tmp_path / "a.jsonl",
+               "--tokenizer", "bytes", "--data_dir", tmp_path]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = ["is there already" in process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and sorted(found) == [False, True]
+    data.load("x", str(tmp_path), full=True)

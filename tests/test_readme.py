@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, flags=re.M | re.S)
 LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [line for line in LINES if re.search(r"\b[a-z_]+\.py\b", line)]
 DOCSTRINGS = [line.split(" #")[0].strip() for path in sorted(ROOT.glob("*.py"))
-              for line in path.read_text().split('"""')[1].splitlines()
+              for line in path.read_text().split('"""')[1].replace("\\\n", " ").splitlines()
               if re.match(r"    (python|torchrun) .*\.py", line) and "|" not in line]
 
 
