@@ -16,6 +16,7 @@ Every time is a median over repeats, with the quartiles in brackets.
 """
 import copy
 import json
+import os
 import platform
 import tempfile
 import time
@@ -23,6 +24,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":                                      # the profiler's own messages are not for us
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 import torch
 
 import data
@@ -261,7 +265,8 @@ def run(args):
     names = list(OBJECTIVES) if "all" in args.objective else args.objective
     args.objective, args.overwrite = names[0], True             # nothing is written: any out_dir will do
     flags.complete(args)
-    args.vocab_size = args.vocab_size or {"stdlib": 2048}.get(args.dataset, 50257)
+    if args.vocab_size is None:
+        args.vocab_size = {"stdlib": 2048}.get(args.dataset, 50257)
     if min(args.repeats, args.vocab_size) < 1:
         raise ValueError("repeats and vocab_size must be at least 1")
     old = json.loads(Path(args.compare).read_text()) if args.compare else None

@@ -140,18 +140,20 @@ def logits(hidden, weight, vocab_size):
     return scores.float()
 
 
-class CrossEntropy(torch.autograd.Function):
-    """hidden (N, C), weight (V, C), targets (N, K), weights (N,) -> sum over n of weights[n] times the mean over
-    k of -log softmax(logits[n])[targets[n, k]], nats.
+CHUNK = {False: 2 ** 25, True: 2 ** 27}         # numbers in the logits of a chunk of rows, without and with a GPU
 
-    The (N, V) logits, at a vocabulary of 50,000 by far the largest buffer of a step, are never held in memory:
-    the gradient of row n with respect to its logits is weights[n] * (softmax - mean over k of one-hot targets),
-    so a chunk of rows is turned into its loss and its gradients at once, and forgotten. The operations are
-    those of autograd, three matrix products.
+class CrossEntropy(torch.autograd.Function):
+    """hidden (N, C), weight (V, C), targets (N, K), weights (N,) -> sum over n of weights[n] times the mean
+    over k of -log softmax(logits[n])[targets[n, k]], nats.
+
+    The (N, V) logits, at a vocabulary of 50,000 by far the largest buffer of a step, are never held in
+    memory: the gradient of row n with respect to its logits is weights[n] * (softmax - mean over k of one-hot
+    targets), so a chunk of rows is turned into its loss and its gradients at once, and forgotten. The
+    operations are those of autograd, three matrix products.
     """
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, vocab_size):
-        rows = max(1, (2 ** 27 if hidden.is_cuda else 2 ** 25) // len(weight))      # of a chunk
+        rows = max(1, CHUNK[hidden.is_cuda] // len(weight))
         W, loss, d_hidden, d_weight = weight.to(hidden.dtype), 0.0, [], torch.zeros_like(weight)
         for h, t, w in zip(hidden.split(rows), targets.split(rows), weights[:, None].split(rows)):
             log_p = F.log_softmax(logits(h, W, vocab_size), dim=-1)                 # (rows, V) float32

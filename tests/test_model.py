@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from model import Config, Transformer, flops, load_checkpoint, num_params, save_checkpoint, save_config
+from bench import peak_memory
+from model import (Config, CrossEntropy, Transformer, attend, flops, load_checkpoint, num_params, save_checkpoint,
+                   save_config)
 
 
 def make(causal, seed=0, **kwargs):
@@ -196,6 +198,64 @@ def test_odd_heads_are_refused():
     for sizes in ({"n_embd": 16, "n_head": 3}, {"n_embd": 15, "n_head": 3}):
         with pytest.raises(ValueError, match="n_head"):
             Transformer(Config(**sizes))
+
+# -----------------------------------------------------------------------------
+# The two fast paths against slow ones
+
+@pytest.mark.parametrize("causal, masked, T, S", [(False, False, 12, 12), (True, False, 12, 12), (False, True, 12, 12),
+                                                  (False, False, 1, 9)])
+def test_attention_written_out_for_bfloat16_is_attention(causal, masked, T, S):
+    """Against float64, loop by loop, with the gradient of float32's fused kernel. bfloat16 has 8 bits."""
+    rng = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=rng).bfloat16() for n in (T, S, S))
+    mask = torch.arange(S) < torch.tensor([[[[7]]], [[[S]]]]) if masked else None           # (2, 1, 1, S)
+    y = attend(q, k, v, causal, mask)
+    assert y.dtype == torch.bfloat16
+    for b, h, t in np.ndindex(2, 3, T):
+        sees = [s for s in range(S) if not (causal and s > t) and (mask is None or mask[b, 0, 0, s])]
+        score = np.array([(q[b, h, t].double() @ k[b, h, s].double()).item() for s in sees]) / 8 ** 0.5
+        p = np.exp(score - score.max())
+        expected = (p / p.sum()) @ v[b, h, sees].double().numpy()
+        np.testing.assert_allclose(y[b, h, t].double().numpy(), expected, atol=0.04)
+    slow, fast = ([x.clone().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (torch.float32, torch.bfloat16))
+    for inputs in (slow, fast):
+        attend(*inputs, causal, mask).float().square().sum().backward()
+    for a, b in zip(slow, fast):
+        assert (a.grad - b.grad.float()).norm() < 0.02 * a.grad.norm()
+
+
+def cross_entropy_case(K, V=70, vocab_size=66, N=23, C=8):
+    rng = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(N, C, generator=rng), torch.randn(V, C, generator=rng)
+    targets = torch.randint(vocab_size, (N, K), generator=rng)
+    targets[0] = targets[0, :1]                                             # the same target K times
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, torch.rand(N, generator=rng), vocab_size
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5, 23, 1000])
+def test_cross_entropy_and_its_gradients_are_those_of_autograd(monkeypatch, K, rows):
+    """However the rows are cut into chunks; loss by a float64 formula, gradients by autograd."""
+    monkeypatch.setitem(model_file.CHUNK, False, rows * 70)
+    hidden, weight, targets, weights, vocab_size = cross_entropy_case(K)
+    loss = CrossEntropy.apply(hidden, weight, targets, weights, vocab_size)
+    (3 * loss).backward()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    log_p = (h @ w[:vocab_size].T).log_softmax(dim=1)                       # padded ids do not exist
+    expected = -(log_p.gather(1, targets).mean(dim=1) * weights.double()).sum()
+    (3 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad, h.grad.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad, w.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_cross_entropy_never_holds_all_logits(monkeypatch):
+    """N = 2000 rows, V = 4096: 31 MiB of float32 logits; in chunks of 100 rows a small part of that."""
+    def peak(rows):
+        monkeypatch.setitem(model_file.CHUNK, False, rows * 4096)
+        hidden, weight, targets, weights, vocab_size = cross_entropy_case(1, V=4096, vocab_size=4000, N=2000)
+        return peak_memory(lambda: CrossEntropy.apply(hidden, weight, targets, weights, vocab_size), "cpu")
+    assert peak(100) < 2000 * 4096 * 4 / 5 < 2000 * 4096 * 4 < peak(2000)
 
 # -----------------------------------------------------------------------------
 # Counts
