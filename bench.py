@@ -51,7 +51,9 @@ def clock(device):
 
 
 def seconds(functions, repeats, device="cpu", warmup=3):
-    """{name: (repeats,) seconds} of functions {name: f}, called in turns: what else the machine does hits all."""
+    """{name: (repeats,) seconds} of functions {name: f}, called in turns:
+    what else the machine does hits all.
+    """
     out = {name: [] for name in functions}
     for _ in range(warmup + repeats):
         for name, f in functions.items():
@@ -170,9 +172,11 @@ def bench_prepare(args):
                 writer.write(ids)
             writer.close()
 
-        times = seconds({"ours": prepare, "tiktoken": lambda: encoding.encode_ordinary_batch(texts)}, 5, warmup=1)
+        times = seconds({"ours": prepare, "tiktoken": lambda: encoding.encode_ordinary_batch(texts)}, 5,
+                        warmup=1)
     rate = {name: size / float(np.median(t)) for name, t in times.items()}
-    return {"bytes_per_second": rate["ours"], "tiktoken": rate["tiktoken"], "ratio": rate["ours"] / rate["tiktoken"]}
+    return {"bytes_per_second": rate["ours"], "tiktoken": rate["tiktoken"],
+            "ratio": rate["ours"] / rate["tiktoken"]}
 
 
 @torch.inference_mode()
@@ -185,14 +189,17 @@ def bench_score(args):
     rows = x.repeat(len(lengths), 1).split(64)
     times = seconds({
         "score": lambda: left_to_right_masked(model, x, prompts, T - prompts, batch_size=64),
-        "forward": lambda: [model.features(batch) for batch in rows]}, max(3, args.repeats // 4), args.device, 1)
+        "forward": lambda: [model.features(batch) for batch in rows]
+    }, max(3, args.repeats // 4), args.device, 1)
     score, forward = (float(np.median(t)) for t in times.values())
     return {"tokens_per_second": prompts.size * T / score, "times_forward": score / forward}
 
 
 @torch.inference_mode()
 def bench_sample(args):
-    """New tokens a second, one text at a time: causal with and without the cache, masked from left to right."""
+    """New tokens a second, one text at a time: causal with and without the cache,
+    masked from left to right.
+    """
     def recompute(model, ids, n):
         for _ in range(n):
             hidden = model.features(torch.tensor([ids], device=args.device))[:, -1]
@@ -201,7 +208,8 @@ def bench_sample(args):
     pick, n = partial(draw, temperature=0.8), args.block_size - 1
     causal, masked = (build(args, kind, args.vocab_size).eval() for kind in (True, False))
     masks = [0] + [masked.config.mask_token] * n
-    times = seconds({"cached": lambda: append(causal, [0], n, pick), "uncached": lambda: recompute(causal, [0], n),
+    times = seconds({"cached": lambda: append(causal, [0], n, pick),
+                     "uncached": lambda: recompute(causal, [0], n),
                      "masked": lambda: fill(masked, masks, pick)}, 3, args.device, 1)
     return {f"{name}_tokens_per_second": n / float(np.median(t)) for name, t in times.items()}
 
@@ -209,11 +217,12 @@ def bench_sample(args):
 # Output
 
 def step_table(steps):
-    rows = [["", "ms a step", "tokens/s", "GFLOP/s", "of ceiling", "floor ms", "peak MiB", "data ms", "plain ms",
-             "plain MiB", "plain / ours"]]
+    rows = [["", "ms a step", "tokens/s", "GFLOP/s", "of ceiling", "floor ms", "peak MiB", "data ms",
+             "plain ms", "plain MiB", "plain / ours"]]
     for objective, r in steps.items():
         plain = ["-"] * 3 if "plain" not in r else [
-            f"{r['plain']['ms']:.1f}", f"{r['plain']['peak_memory'] / 2 ** 20:.0f}", f"{r['times_plain']:.2f}"]
+            f"{r['plain']['ms']:.1f}", f"{r['plain']['peak_memory'] / 2 ** 20:.0f}",
+            f"{r['times_plain']:.2f}"]
         low, high = r["quartiles"]
         rows.append([objective, f"{r['ms']:.1f} [{low:.1f}, {high:.1f}]", f"{r['tokens_per_second']:.0f}",
                      f"{r['flops_per_second'] / 1e9:.0f}", f"{r['of_ceiling']:.0%}", f"{r['floor_ms']:.1f}",
@@ -250,7 +259,8 @@ PARTS = ("step", "prepare", "score", "sample")
 
 def build_parser():
     p = flags.build_parser("Measure training, preparation, scoring and sampling.", conflict_handler="resolve")
-    p.add_argument("--objective", nargs="+", choices=[*OBJECTIVES, "all"], default=["all"], help="which to measure")
+    p.add_argument("--objective", nargs="+", choices=[*OBJECTIVES, "all"], default=["all"],
+                   help="which to measure")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     p.add_argument("--vocab_size", type=int, help="default: that of the preset's dataset")
     p.add_argument("--repeats", type=int, default=20, help="steps of each kind")
@@ -277,7 +287,8 @@ def run(args):
               "ceilings": ceilings(args.device, list(dict.fromkeys([dtype, torch.float32])))}
     ceiling = result["ceilings"]
     print(f"{device}, torch {torch.__version__}, {args.preset}: {args.n_layer} layers, width {args.n_embd}, "
-          f"T {args.block_size}, vocabulary {args.vocab_size}, {args.batch_tokens} tokens a step, {args.optimizer}\n"
+          f"T {args.block_size}, vocabulary {args.vocab_size}, {args.batch_tokens} tokens a step, "
+          f"{args.optimizer}\n"
           "ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} {'GB' if k == 'copy' else 'GFLOP'}/s"
                                    for k, v in ceiling.items()), flush=True)
     parts = result["parts"]
@@ -287,7 +298,8 @@ def run(args):
         print(step_table(parts["step"]), flush=True)
     if "prepare" in args.parts:
         r = parts["prepare"] = bench_prepare(args)
-        print(f"preparation: {r['bytes_per_second'] / 1e6:.1f} MB of text a second, {r['ratio']:.0%} of bare tiktoken")
+        print(f"preparation: {r['bytes_per_second'] / 1e6:.1f} MB of text a second, "
+              f"{r['ratio']:.0%} of bare tiktoken")
     if "score" in args.parts:
         r = parts["score"] = bench_score(args)
         print(f"masked left-to-right scoring: {r['tokens_per_second']:.0f} tokens/s, "

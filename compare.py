@@ -1,9 +1,9 @@
 """
-The paper's claims, measured: the four objectives with the same model, data and number of tokens, several seeds.
+The paper's claims, measured: four objectives, the same model, data and number of tokens, several seeds.
 
-    python compare.py                                   # 3 seeds; about an hour and a half on 2 cores
+    python compare.py                                   # 3 seeds; about an hour on 2 cores
     python compare.py --seeds 0 --max_iters 200         # a quick look
-    python compare.py --train "--preset small --dataset mine" --eval_ppl "--text book.txt" --eval_glue "--tasks RTE"
+    python compare.py --train "--preset small --dataset mine" --eval_ppl "--text book.txt"
 
 Runs train.py, eval_ppl.py and eval_glue.py for every objective and seed, as one would by hand, in
 OUT_DIR/OBJECTIVE-SEED. What is there already is not done again, so the same command goes on where it was
@@ -58,8 +58,8 @@ def one_run(objective, seed, args):
             continue
         print("python", shlex.join(command), flush=True)
         threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-        done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True, text=True,
-                              env={"OMP_NUM_THREADS": threads, **os.environ})
+        done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True,
+                              text=True, env={"OMP_NUM_THREADS": threads, **os.environ})
         if done.returncode:
             raise ValueError(f"python {shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}")
 
@@ -122,7 +122,8 @@ def claims(results):
                 label = f"{a} / {b}" + (" (suffix matched)" if other else "")
                 ratio = x / y
                 lines.append(f"{label} | {name} | {ratio.mean():.2f} [{ratio.min():.2f}, {ratio.max():.2f}]")
-    return "\n".join(f"| {line} |" for line in ["objectives | measurement | mean [least, greatest]", "---|---|---", *lines])
+    head = ["objectives | measurement | mean [least, greatest]", "---|---|---"]
+    return "\n".join(f"| {line} |" for line in [*head, *lines])
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -130,13 +131,16 @@ def claims(results):
 def build_parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="which to compare")
+    p.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES),
+                   help="which to compare")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
     p.add_argument("--max_iters", type=int, default=1500, help="updates of each run")
     p.add_argument("--train", default="", metavar="FLAGS", help="further flags of train.py, in quotes")
     p.add_argument("--eval_ppl", default="--val", metavar="FLAGS", help="flags of eval_ppl.py, in quotes")
-    p.add_argument("--eval_glue", default="--tasks stdlib", metavar="FLAGS", help="flags of eval_glue.py, in quotes")
-    p.add_argument("--jobs", type=int, default=1, help="runs at the same time, on a CPU with a share of the cores each")
+    p.add_argument("--eval_glue", default="--tasks stdlib", metavar="FLAGS",
+                   help="flags of eval_glue.py, in quotes")
+    p.add_argument("--jobs", type=int, default=1,
+                   help="runs at the same time, on a CPU with a share of the cores each")
     p.add_argument("--out_dir", default="out/compare", help="a folder for each run, and compare.json")
     return p
 
@@ -148,7 +152,8 @@ def run(args):
         list(pool.map(lambda job: one_run(*job, args), [(o, s) for s in args.seeds for o in args.objectives]))
     results = {o: {s: numbers(Path(args.out_dir, f"{o}-{s}")) for s in args.seeds} for o in args.objectives}
     write_json(Path(args.out_dir, "compare.json"), {"flags": vars(args), "results": results})
-    print(f"\nmean over seeds {args.seeds} [least, greatest]\n\n{table(results, args.objectives)}\n\n{claims(results)}")
+    print(f"\nmean over seeds {args.seeds} [least, greatest]\n\n{table(results, args.objectives)}\n\n"
+          f"{claims(results)}")
 
 
 def main(argv=None):

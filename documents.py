@@ -1,11 +1,12 @@
 """
-Where text comes from: files of documents, each an iterable of strings; the split into training and validation.
+Where text comes from: files of documents, each an iterable of strings;
+the split into training and validation.
 
     list(documents("a.jsonl.zst"))      # one document a line; also .jsonl, .jsonl.gz, .txt, .txt.gz, .txt.zst
     stdlib_files()                      # the running Python's own library: [(path, text), ...]
 
-An enormous document must not be in memory at once, so it is read and cut in pieces. A document belongs to train
-or val by a hash of its beginning: the split does not depend on order or on the number of cores.
+An enormous document must not be in memory at once, so it is read and cut in pieces. A document belongs to
+train or val by a hash of its beginning: the split does not depend on order or on the number of cores.
 """
 import codecs
 import gzip

@@ -1,20 +1,22 @@
 """
 What a checkpoint's features know about text: linear probes on GLUE (the paper's protocol), or fine-tuning.
 
-    python eval_glue.py --checkpoint out/vlm --tasks stdlib                 # two built-in tasks, no download
-    python eval_glue.py --checkpoint out/ar out/dar out/mlm out/vlm         # GLUE, downloaded; a column a model
-    python eval_glue.py --checkpoint out/vlm --glue_dir ~/glue --tasks RTE SST-2 --pool mean max --max_train 10000
+    python eval_glue.py --checkpoint out/vlm --tasks stdlib             # two built-in tasks, no download
+    python eval_glue.py --checkpoint out/ar out/dar out/mlm out/vlm     # GLUE, downloaded; a column a model
+    python eval_glue.py --checkpoint out/vlm --glue_dir ~/glue --tasks RTE SST-2 --pool mean max \
+        --max_train 10000
     python eval_glue.py --checkpoint out/vlm --tasks RTE --finetune
 
-Text -> token ids (two texts: a <end-of-text> b) -> the model's hidden states, frozen -> pooled over the tokens: one
-vector an example -> standardised -> softmax regression (STS-B: ridge regression) -> metric on dev. The regression is
-convex and starts at 0, so no seed is involved. Beside each number stand what guessing the most frequent class gives, and
-the same probe on the model before training and on its trained token embeddings alone, without any context: only what
-is above all three was learned from context. All numbers go to CHECKPOINT/eval_glue.json.
+Text -> token ids (two texts: a <end-of-text> b) -> the model's hidden states, frozen -> pooled over the
+tokens: one vector an example -> standardised -> softmax regression (STS-B: ridge regression) -> metric on
+dev. The regression is convex and starts at 0, so no seed is involved. Beside each number stand what guessing
+the most frequent class gives, and the same probe on the model before training and on its trained token
+embeddings alone, without any context: only what is above all three was learned from context. All numbers go
+to CHECKPOINT/eval_glue.json.
 
-`--tasks stdlib` are stand-ins for a first run and not GLUE. They are split as the dataset stdlib is, so a model that was
-trained on this Python's library has not seen their test files. Standard errors are over test examples, by bootstrap;
-models that differ only in their seed differ by more.
+`--tasks stdlib` are stand-ins for a first run and not GLUE. They are split as the dataset stdlib is, so a
+model that was trained on this Python's library has not seen their test files. Standard errors are over test
+examples, by bootstrap; models that differ only in their seed differ by more.
 """
 import argparse
 import copy
@@ -66,7 +68,8 @@ def encode(encoding, examples, T, half=0):
 
 
 def batches(lengths, batch_tokens=BATCH_TOKENS):
-    """Yield index arrays that hold at most batch_tokens tokens when padded to their longest; longest first."""
+    """Yield index arrays that hold at most batch_tokens tokens when padded to their longest;
+    longest first."""
     order, first = np.argsort(-np.asarray(lengths), kind="stable"), 0
     while first < len(order):
         n = max(1, batch_tokens // lengths[order[first]])
@@ -84,7 +87,8 @@ def collate(rows, eot, device):
 
 
 def pool(hidden, valid, kind):
-    """hidden (B, T, C), valid (B, T) -> (B, C) float32: mean or max over the valid positions, or the last of them."""
+    """hidden (B, T, C), valid (B, T) -> (B, C) float32: mean or max over the valid positions,
+    or the last of them."""
     hidden, lengths = hidden.float(), valid.sum(dim=1)
     if kind == "mean":
         return (hidden * valid[:, :, None]).sum(dim=1) / lengths[:, None]
@@ -104,7 +108,8 @@ def extract(model, rows, eot, layer, kinds):
     """{kind: (n, C) float32, on the CPU} of n lists of token ids, in batches of similar length."""
     out = {kind: torch.empty(len(rows), model.config.n_embd) for kind in kinds}
     device = next(model.parameters()).device
-    bar = tqdm(total=sum(map(len, rows)), unit="tok", unit_scale=True, desc="features", leave=False, disable=None)
+    bar = tqdm(total=sum(map(len, rows)), unit="tok", unit_scale=True, desc="features", leave=False,
+               disable=None)
     for index in batches([len(row) for row in rows]):
         ids, valid = collate([rows[i] for i in index], eot, device)
         for kind, values in pooled_features(model, ids, valid, layer, kinds).items():
@@ -119,13 +124,13 @@ def extract(model, rows, eot, layer, kinds):
 def fit_softmax(X, y, K, strength, start=None):
     """Minimise mean cross-entropy + strength/2 |W|^2 over W (C, K) and b (K,), to a gradient below TOLERANCE.
 
-    X: (n, C) float64. y: (n,) int64. start: (W, b) to begin with (0 otherwise); it changes the time, not the result.
-    Returns (W, b, largest component of the gradient).
+    X: (n, C) float64. y: (n,) int64. start: (W, b) to begin with (0 otherwise); it changes the time, not the
+    result. Returns (W, b, largest component of the gradient).
     """
     W, b = [t.clone() for t in start] if start else (X.new_zeros(X.size(1), K), X.new_zeros(K))
     W.requires_grad_(), b.requires_grad_()
-    optimizer = torch.optim.LBFGS([W, b], max_iter=5000, max_eval=10000, history_size=20, tolerance_grad=TOLERANCE,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([W, b], max_iter=5000, max_eval=10000, history_size=20,
+                                  tolerance_grad=TOLERANCE, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -139,7 +144,8 @@ def fit_softmax(X, y, K, strength, start=None):
 
 
 def fit_ridge(X, y, strength):
-    """Minimise mean (x W + b - y)^2 + strength |W|^2 in closed form; the columns of X and y are centred here."""
+    """Minimise mean (x W + b - y)^2 + strength |W|^2 in closed form;
+    the columns of X and y are centred here."""
     mean, y_mean = X.mean(dim=0), y.mean()
     Z = X - mean
     gram = Z.T @ Z / len(X) + strength * torch.eye(X.size(1), dtype=X.dtype)
@@ -166,8 +172,8 @@ def probe(train, y, groups, tests, K):
     """Fit on the training split, strength chosen by the loss on a held-out tenth of it (from
     strong to weak, until it rises); never on a test set.
 
-    train: (n, C) features. y: (n,) class numbers below K, or scores if K = 0. tests: a list of (m, C) features.
-    Returns (the predictions on each test set, {"strength", "gradient"}).
+    train: (n, C) features. y: (n,) class numbers below K, or scores if K = 0. tests: a list of (m, C)
+    features. Returns (the predictions on each test set, {"strength", "gradient"}).
     """
     X, y = train.double(), torch.from_numpy(y)
     mean, std = X.mean(dim=0), X.std(dim=0, correction=0)
@@ -181,20 +187,23 @@ def probe(train, y, groups, tests, K):
 
     best, least = None, float("inf")
     for strength, fit in fit_path(X[~out], y[~out], K, STRENGTHS):
-        if (now := loss(fit)) >= least:                         # weaker ones overfit more, and take longest to fit
+        if (now := loss(fit)) >= least:                 # weaker ones overfit more, and take longest to fit
             break
         best, least = strength, now
     *_, (_, (W, b, gradient)) = fit_path(X, y, K, [s for s in STRENGTHS if s >= best])
     scores = [((test.double() - mean) / scale) @ W + b for test in tests]
-    return [(s.argmax(dim=1) if K else s[:, 0]).numpy() for s in scores], {"strength": best, "gradient": gradient}
+    return ([(s.argmax(dim=1) if K else s[:, 0]).numpy() for s in scores],
+            {"strength": best, "gradient": gradient})
 
 # -----------------------------------------------------------------------------
 # Fine-tuning: the whole model
 
 def finetune(model, rows, y, tests, K, eot, layer, kind, lr, seed, epochs):
-    """Train a copy of the model and a linear head on it, AdamW, warmup and linear decay; predictions on each test set.
+    """Train a copy of the model and a linear head on it, AdamW, warmup and linear decay;
+    predictions on each test set.
 
-    rows, tests: lists of token ids. Always begins at the checkpoint, never at a model fine-tuned on another task.
+    rows, tests: lists of token ids. Always begins at the checkpoint, never at a model
+    fine-tuned on another task.
     """
     torch.manual_seed(seed)
     rng, device = np.random.default_rng(seed), next(model.parameters()).device
@@ -206,12 +215,14 @@ def finetune(model, rows, y, tests, K, eot, layer, kind, lr, seed, epochs):
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=lr, weight_decay=0.01)
     batch_size, target = 32, torch.from_numpy(y).to(device)
     steps = epochs * -(-len(rows) // batch_size)
-    factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / (0.06 * steps + 1), 1 - s / steps))
+    factor = torch.optim.lr_scheduler.LambdaLR(optimizer,
+                                               lambda s: min((s + 1) / (0.06 * steps + 1), 1 - s / steps))
     for step in tqdm(range(steps), desc=f"finetune lr {lr} seed {seed}", leave=False, disable=None):
         at = step * batch_size % (-(-len(rows) // batch_size) * batch_size)
         order = rng.permutation(len(rows)) if at == 0 else order
         index = order[at:at + batch_size]
-        scores = head(pooled_features(model, *collate([rows[i] for i in index], eot, device), layer, [kind])[kind])
+        scores = head(pooled_features(model, *collate([rows[i] for i in index], eot, device), layer,
+                                      [kind])[kind])
         loss = F.cross_entropy(scores, target[index]) if K else (scores[:, 0] - target[index]).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -219,19 +230,20 @@ def finetune(model, rows, y, tests, K, eot, layer, kind, lr, seed, epochs):
         optimizer.step()
         factor.step()
     with torch.inference_mode():
-        scores = [head(extract(model.eval(), test, eot, layer, [kind])[kind].to(device)).cpu() for test in tests]
+        scores = [head(extract(model.eval(), test, eot, layer, [kind])[kind].to(device)).cpu()
+                  for test in tests]
     return [(s.argmax(dim=1) if K else s[:, 0].double()).numpy() for s in scores]
 
 
 def finetune_runs(model, task, rows, tests, eot, kind, args):
-    """(predictions of each seed, those of the median seed, {"lr", "held_out": {lr: metric}}); of each, a list, one
-    for each dev set.
+    """(predictions of each seed, those of the median seed, {"lr", "held_out": {lr: metric}}); of each, a
+    list, one for each dev set.
 
     The learning rate is chosen by the task's first metric on the held-out tenth of the training split.
     """
     def run(keep, tests, lr, seed):
-        return finetune(model, [rows[i] for i in np.flatnonzero(keep)], task.y[keep], tests, len(task.classes), eot,
-                        args.layer, kind, lr, seed, args.epochs)
+        return finetune(model, [rows[i] for i in np.flatnonzero(keep)], task.y[keep], tests,
+                        len(task.classes), eot, args.layer, kind, lr, seed, args.epochs)
 
     out, metric = held_out(task.groups), METRICS[task.metrics[0]]
     chosen_on = [[rows[i] for i in np.flatnonzero(out)]]
@@ -246,8 +258,9 @@ def finetune_runs(model, task, rows, tests, eot, kind, args):
 # One checkpoint on one task
 
 def untrained(model):
-    """A model of the same shape as at the start of training, from a fixed seed. As its blocks start as the identity
-    (see init_weights), its features are its random embeddings: `layer=0` gives them without the blocks' work."""
+    """A model of the same shape as at the start of training, from a fixed seed. As its blocks start as the
+    identity (see init_weights), its features are its random embeddings: `layer=0` gives them without the
+    blocks' work."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Transformer(model.config).eval()
@@ -281,7 +294,8 @@ def evaluate(model, encoding, task, args):
                 for name, (m, layer) in sources.items()}
     results = []
     for kind in kinds:
-        fits = {name: probe(f[0][kind], task.y, task.groups, [t[kind] for t in f[1:]], K) for name, f in features.items()}
+        fits = {name: probe(f[0][kind], task.y, task.groups, [t[kind] for t in f[1:]], K)
+                for name, f in features.items()}
         seeds = None
         if args.finetune:
             seeds, *fits["model"] = finetune_runs(model, task, rows, tests, eot, kind, args)
@@ -290,7 +304,8 @@ def evaluate(model, encoding, task, args):
             scores["majority"] = score(task, metric, majority)
             for i, (split, (_, true, _)) in enumerate(task.dev.items()):
                 row = {"task": " ".join([task.name, split]).strip(), "metric": metric, "pool": kind,
-                       **{name: s[i] for name, s in scores.items()}, **{f"{n}_fit": fit[1] for n, fit in fits.items()}}
+                       **{name: s[i] for name, s in scores.items()},
+                       **{f"{n}_fit": fit[1] for n, fit in fits.items()}}
                 if seeds:
                     values = [METRICS[metric](p[i], true) for p in seeds]
                     row["model"] |= {"value": float(np.median(values)), "seeds": values}
@@ -301,15 +316,18 @@ def evaluate(model, encoding, task, args):
 # -----------------------------------------------------------------------------
 # The table
 
-ROWS = {"model": "", "embeddings": "its input embeddings", "untrained": "before training", "majority": "most frequent class"}
+ROWS = {"model": "", "embeddings": "its input embeddings", "untrained": "before training",
+        "majority": "most frequent class"}
 
 def cell(score):
-    spread = f" [{100 * min(score['seeds']):.1f}, {100 * max(score['seeds']):.1f}]" if "seeds" in score else ""
+    spread = (f" [{100 * min(score['seeds']):.1f}, {100 * max(score['seeds']):.1f}]"
+              if "seeds" in score else "")
     return f"{100 * score['value']:.1f} ± {100 * score['se']:.1f}{spread}"
 
 
 def table(reports):
-    """Text: a column a checkpoint; for each task, metric and pooling a row for the model and one for each baseline."""
+    """Text: a column a checkpoint; for each task, metric and pooling a row for the model
+    and one for each baseline."""
     lines = [["", *(report["checkpoint"] for report in reports)]]
     for same in zip(*(report["results"] for report in reports)):
         first = same[0]
@@ -317,26 +335,35 @@ def table(reports):
             label = f"  {label}" if label else f"{first['task']}, {first['metric']}, {first['pool']}"
             lines.append([label, *(cell(row[name]) for row in same)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+    return "\n".join("  ".join([line[0].ljust(widths[0]),
+                                *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
                      for line in lines)
 
 
 def build_parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR", help="one or several, a column each")
-    p.add_argument("--tasks", nargs="+", default=["glue"], choices=["glue", "stdlib", *GLUE, *STDLIB], metavar="TASK",
-                   help=f"glue (default: all nine), stdlib (both built-in ones), or any of {', '.join([*GLUE, *STDLIB])}")
+    p.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR",
+                   help="one or several, a column each")
+    p.add_argument("--tasks", nargs="+", default=["glue"], choices=["glue", "stdlib", *GLUE, *STDLIB],
+                   metavar="TASK", help="glue (default: all nine), stdlib (both built-in ones), or any of "
+                                        f"{', '.join([*GLUE, *STDLIB])}")
     p.add_argument("--glue_dir", metavar="DIR",
-                   help="folder with CoLA/train.tsv and so on (default: data/glue, downloaded there if missing)")
+                   help="folder with CoLA/train.tsv and so on (default: data/glue, downloaded there if "
+                        "missing)")
     p.add_argument("--pool", nargs="+", choices=["mean", "last", "max"],
                    help="from token vectors to one vector (default: mean; built-in tasks: mean max)")
-    p.add_argument("--layer", type=int, metavar="N", help="features after N blocks (default: all; 0: embeddings)")
+    p.add_argument("--layer", type=int, metavar="N",
+                   help="features after N blocks (default: all; 0: embeddings)")
     p.add_argument("--max_train", type=int, default=0, metavar="N",
-                   help="use at most N training examples of each task, the same for all models (default 0: all)")
-    p.add_argument("--finetune", action="store_true", help="train the whole model on each task instead of a probe")
+                   help="use at most N training examples of each task, the same for all models "
+                        "(default 0: all)")
+    p.add_argument("--finetune", action="store_true",
+                   help="train the whole model on each task instead of a probe")
     p.add_argument("--epochs", type=int, default=3, help="--finetune: passes over the training split")
-    p.add_argument("--seeds", type=int, default=3, help="--finetune: runs; their median and [least, greatest] are shown")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    p.add_argument("--seeds", type=int, default=3,
+                   help="--finetune: runs; their median and [least, greatest] are shown")
+    p.add_argument("--device", default="auto",
+                   help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="of the activations; auto: bfloat16 where the hardware has it")
     return p
@@ -351,21 +378,25 @@ def run(args, command):
     loaded = [(c, *load_checkpoint(c, device), load_tokenizer(c)) for c in args.checkpoint]
     for checkpoint, model, *_ in loaded:
         if not 0 <= (args.layer or 0) <= model.config.n_layer:
-            raise ValueError(f"{checkpoint} has {model.config.n_layer} blocks: --layer {args.layer} is not there")
+            raise ValueError(f"{checkpoint} has {model.config.n_layer} blocks: --layer {args.layer} "
+                             "is not there")
         if model.config.block_size < 4:
-            raise ValueError(f"{checkpoint}: a block_size of {model.config.block_size} is too short for a pair of texts")
+            raise ValueError(f"{checkpoint}: a block_size of {model.config.block_size} is too short for "
+                             "a pair of texts")
     tasks = [limit(load_task(name, args.glue_dir or "data/glue", download=not args.glue_dir), args.max_train)
              for name in dict.fromkeys(names)]
     reports = []
     for checkpoint, model, config, encoding in loaded:
         model.dtype = pick_dtype(args.dtype, device)
-        report = {"checkpoint": checkpoint, "step": config["step"], "command": command, "dtype": str(model.dtype)[6:],
-                  "finetune": args.finetune, "layer": args.layer, "max_train": args.max_train, "results": []}
+        report = {"checkpoint": checkpoint, "step": config["step"], "command": command,
+                  "dtype": str(model.dtype)[6:], "finetune": args.finetune, "layer": args.layer,
+                  "max_train": args.max_train, "results": []}
         for task in tasks:
             results = evaluate(model, encoding, task, args)
             report["results"] += results
-            print(f"{checkpoint}: {task.name}, {len(task.y)} training examples, {task.malformed} malformed rows skipped, "
-                  f"{results[-1]['cut']} texts cut to {model.config.block_size} tokens, {results[-1]['seconds']} s", flush=True)
+            print(f"{checkpoint}: {task.name}, {len(task.y)} training examples, "
+                  f"{task.malformed} malformed rows skipped, {results[-1]['cut']} texts cut to "
+                  f"{model.config.block_size} tokens, {results[-1]['seconds']} s", flush=True)
         write_json(Path(checkpoint, "eval_glue.json"), report)
         reports.append(report)
     protocol = "fine-tuned, median [range] of seeds" if args.finetune else "linear probe"

@@ -29,7 +29,9 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """Errors of these kinds (default: ValueError, OSError) end the program: one line on stderr, exit code 2."""
+    """Errors of these kinds (default: ValueError, OSError) end the program:
+    one line on stderr, exit code 2.
+    """
     try:
         yield
         sys.stdout.flush()
@@ -63,7 +65,9 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make `folder`, and let one process at a time work in it; the others wait. A killed one leaves no lock."""
+    """Make `folder`, and let one process at a time work in it; the others wait.
+    A killed one leaves no lock.
+    """
     os.makedirs(folder, exist_ok=True)
     if fcntl is None:                       # Windows
         yield
@@ -100,7 +104,8 @@ def unzip(archive, members):
                 content = zipped.read(name)
                 write_atomically(path, lambda file: file.write(content))
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise DataError(f"{archive} is damaged or not the official one ({error}): remove it and try again") from None
+        raise DataError(f"{archive} is damaged or not the official one ({error}): "
+                        "remove it and try again") from None
 
 
 def fetch(url, path, sha256=None, size=None):

@@ -4,10 +4,11 @@ The tasks of eval_glue.py: reading GLUE's official files, two built-in tasks, an
     from glue_data import load_task
     task = load_task("RTE", "data/glue")                # downloaded to data/glue if it is not there
 
-GLUE (Wang et al. 2019) is nine tasks on English sentences; labels of its test sets are not public, so everyone reports
-on dev. The built-in tasks `stdlib-topic` and `stdlib-pair` need no download and stand in for GLUE in a first run; they
-are not GLUE. Their training examples come from files of the running Python's library that data.py puts into the training
-split, their test examples from files of its validation split: no test file was seen in pretraining or by the probe.
+GLUE (Wang et al. 2019) is nine tasks on English sentences; labels of its test sets are not public, so
+everyone reports on dev. The built-in tasks `stdlib-topic` and `stdlib-pair` need no download and stand in for
+GLUE in a first run; they are not GLUE. Their training examples come from files of the running Python's
+library that data.py puts into the training split, their test examples from files of its validation split: no
+test file was seen in pretraining or by the probe.
 """
 import os
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from documents import document_is_val, stdlib_files
 from files import DataError, fetch, unzip, write_atomically
 
 # -----------------------------------------------------------------------------
-# Metrics. predicted, true: (n,) arrays of class numbers, or of scores for the correlations. Each returns a float
+# Metrics of predicted, true: (n,) class numbers, or scores for the correlations. Each returns a float
 
 def accuracy(predicted, true):
     return float(np.mean(predicted == true))
@@ -53,7 +54,7 @@ def spearman(predicted, true):
 def ranks(values):
     """(n,) float64: 1 for the smallest; equal values get the mean of their places."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()                                                  # place of each value's last occurrence
+    last = counts.cumsum()                                              # place of a value's last occurrence
     return (last - (counts - 1) / 2)[inverse]
 
 
@@ -68,7 +69,7 @@ def bootstrap(metric, predicted, true, groups, samples=500):
     rng, (names, group) = np.random.default_rng(0), np.unique(groups, return_inverse=True)
     values = []
     for _ in range(samples):
-        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))    # each is drawn
+        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))  # each is drawn
         i = np.repeat(np.arange(len(true)), times[group])
         values.append(metric(predicted[i], true[i]))
     return float(np.std(values, ddof=1))
@@ -77,7 +78,9 @@ def bootstrap(metric, predicted, true, groups, samples=500):
 # GLUE
 
 class Layout(NamedTuple):
-    """Where a task's text and labels are. Columns are names in the header, or numbers where there is no header."""
+    """Where a task's text and labels are.
+    Columns are names in the header, or numbers where there is no header.
+    """
     url: str                                # after GLUE_URL
     text: tuple                             # one or two columns
     label: object                           # column
@@ -112,8 +115,9 @@ GLUE = {
     "MRPC": Layout("mrpc_dev_ids.tsv", ("#1 String", "#2 String"), "Quality", BINARY, ("F1", "accuracy")),
     "STS-B": Layout("STS-B.zip", ("sentence1", "sentence2"), "score", (), ("Pearson", "Spearman")),
     "QQP": Layout("QQP-clean.zip", ("question1", "question2"), "is_duplicate", BINARY, ("F1", "accuracy")),
-    "MNLI": Layout("MNLI.zip", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"),
-                   ("accuracy",), ("dev_matched.tsv", "dev_mismatched.tsv")),
+    "MNLI": Layout("MNLI.zip", ("sentence1", "sentence2"), "gold_label",
+                   ("entailment", "neutral", "contradiction"), ("accuracy",),
+                   ("dev_matched.tsv", "dev_mismatched.tsv")),
     "QNLI": Layout("QNLIv2.zip", ("question", "sentence"), "label", NLI, ("accuracy",)),
     "RTE": Layout("RTE.zip", ("sentence1", "sentence2"), "label", NLI, ("accuracy",)),
     "WNLI": Layout("WNLI.zip", ("sentence1", "sentence2"), "label", BINARY, ("accuracy",)),
@@ -121,12 +125,13 @@ GLUE = {
 
 
 def read_tsv(path, layout):
-    """(examples, labels (n,), number of malformed rows) of an official file. Raises DataError for a wrong one.
+    """(examples, labels (n,), number of malformed rows) of an official file. Raises DataError
+    for a wrong one.
 
-    Fields are separated by tabs and quotes mean nothing (they occur in the text). A row that is too short or has
-    another label is malformed.
+    Fields are separated by tabs and quotes mean nothing (they occur in the text). A row that is too short or
+    has another label is malformed.
     """
-    with open(path, encoding="utf-8-sig", newline="\n") as file:            # MRPC begins with a byte order mark
+    with open(path, encoding="utf-8-sig", newline="\n") as file:    # MRPC begins with a byte order mark
         try:
             rows = [line.rstrip("\r\n").split("\t") for line in file]
         except UnicodeDecodeError as error:
@@ -136,7 +141,8 @@ def read_tsv(path, layout):
         header = rows[0] if rows else []
         missing = [name for name in columns if name not in header]
         if missing:
-            raise DataError(f"{path}: no column {missing[0]!r} in its header: is it the official file, with labels?")
+            raise DataError(f"{path}: no column {missing[0]!r} in its header: is it the official file, "
+                            "with labels?")
         columns, rows = [header.index(name) for name in columns], rows[1:]
     examples, labels = [], []
     for row in rows:
@@ -146,7 +152,8 @@ def read_tsv(path, layout):
             labels.append(label)
     malformed = len(rows) - len(examples)
     if malformed >= len(examples):
-        raise DataError(f"{path}: {malformed} of {len(rows)} rows are malformed: is it the official file, with labels?")
+        raise DataError(f"{path}: {malformed} of {len(rows)} rows are malformed: is it the official file, "
+                        "with labels?")
     return examples, np.array(labels), malformed
 
 
@@ -194,7 +201,9 @@ def download_glue(name, glue_dir, files, base_url=GLUE_URL, mrpc_url=MRPC_URL):
 
 
 def split_mrpc(folder):
-    """train.tsv and dev.tsv from msr_paraphrase_train.txt: a row is dev if mrpc_dev_ids.tsv lists its pair of ids."""
+    """train.tsv and dev.tsv from msr_paraphrase_train.txt:
+    a row is dev if mrpc_dev_ids.tsv lists its pair of ids.
+    """
     try:
         with open(os.path.join(folder, "mrpc_dev_ids.tsv"), "rb") as file:
             dev_ids = {tuple(line.strip().split(b"\t")) for line in file}
@@ -218,7 +227,9 @@ MAX_CLASSES, PER_CLASS, PER_FILE = 16, 250, 40              # PER_*: chunks of a
 
 
 def chunks(text):
-    """The non-overlapping pieces of CHUNK characters, at most PER_FILE of them, evenly spread over the text."""
+    """The non-overlapping pieces of CHUNK characters, at most PER_FILE of them,
+    evenly spread over the text.
+    """
     starts = np.arange(0, len(text) - CHUNK + 1, CHUNK)
     if len(starts) > PER_FILE:
         starts = starts[np.linspace(0, len(starts) - 1, PER_FILE).astype(int)]
@@ -226,7 +237,9 @@ def chunks(text):
 
 
 def stdlib_chunks(files, cut):
-    """{False: training, True: test} -> [(top-level package or "", file number, cut(text))], one for each file."""
+    """{False: training, True: test} -> [(top-level package or "", file number, cut(text))],
+    one for each file.
+    """
     split = {False: [], True: []}
     for number, (path, text) in enumerate(files):
         package = path.split("/")[0] if "/" in path else ""
@@ -241,28 +254,31 @@ def stdlib_topic(files):
     for part, members in split.items():
         for package, _, texts in members:
             size[part][package] = size[part].get(package, 0) + len(texts)
-    packages = sorted((p for p in size[False] if p and size[True].get(p, 0) >= 5), key=lambda p: (-size[False][p], p))
+    packages = sorted((p for p in size[False] if p and size[True].get(p, 0) >= 5),
+                      key=lambda p: (-size[False][p], p))
     classes = tuple(sorted(packages[:MAX_CLASSES]))
     rng, rows = np.random.default_rng(0), {False: [], True: []}
     for part, members in split.items():
         for label, package in enumerate(classes):
-            mine = [((text,), label, number) for p, number, texts in members if p == package for text in texts]
+            mine = [((text,), label, number) for p, number, texts in members if p == package
+                    for text in texts]
             rows[part] += [mine[i] for i in sorted(rng.permutation(len(mine))[:PER_CLASS])]
     return make_task("stdlib-topic", rows, classes)
 
 
 def stdlib_pair(files):
-    """Does the second text continue the first? Each first text occurs twice: with its own continuation (class 1)
-    and with that of another file (class 0), and of each the HALF tokens next to the cut are taken. So both texts
-    are distributed alike in both classes and of one length, and a linear probe on the mean of token embeddings
-    is at chance: only context helps. (Not so a maximum: texts that belong together share more tokens.)
+    """Does the second text continue the first? Each first text occurs twice: with its own continuation
+    (class 1) and with that of another file (class 0), and of each the HALF tokens next to the cut are taken.
+    So both texts are distributed alike in both classes and of one length, and a linear probe on the mean of
+    token embeddings is at chance: only context helps. (Not so a maximum: texts that belong together share
+    more tokens.)
     """
     rng, rows = np.random.default_rng(0), {False: [], True: []}
     for part, members in stdlib_chunks(files, halves).items():
         pairs = [(pair, number) for _, number, texts in members for pair in texts]
-        pairs = [pairs[i] for i in sorted(rng.permutation(len(pairs))[:2000])]          # still in the order of the files
+        pairs = [pairs[i] for i in sorted(rng.permutation(len(pairs))[:2000])]          # still in file order
         n = len(pairs)
-        largest = np.bincount([number for _, number in pairs]).max() if n else 0    # a larger shift leaves the file
+        largest = np.bincount([number for _, number in pairs]).max() if n else 0    # shifted so far: another file
         shift = int(rng.integers(largest, max(largest, n - largest) + 1))
         for i, ((first, second), number) in enumerate(pairs):
             foreign = pairs[(i + shift) % n][0][1]

@@ -140,7 +140,7 @@ def logits(hidden, weight, vocab_size):
     return scores.float()
 
 
-CHUNK = {False: 2 ** 25, True: 2 ** 27}         # numbers in the logits of a chunk of rows, without and with a GPU
+CHUNK = {False: 2 ** 25, True: 2 ** 27}         # numbers in a chunk's logits, {on a GPU: n}
 
 class CrossEntropy(torch.autograd.Function):
     """hidden (N, C), weight (V, C), targets (N, K), weights (N,) -> sum over n of weights[n] times the mean

@@ -19,17 +19,20 @@ from train import to_device
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "16", "--batch_size", "2",
-         "--batch_tokens", "64", "--vocab_size", "100", "--repeats", "2", "--compile", "off", "--device", "cpu"]
+         "--batch_tokens", "64", "--vocab_size", "100", "--repeats", "2", "--compile", "off",
+         "--device", "cpu"]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(bench, "ceilings", lambda device, dtypes: {str(d)[6:]: 1e9 for d in dtypes} | {"copy": 1e9})
+    monkeypatch.setattr(bench, "ceilings",
+                        lambda device, dtypes: {str(d)[6:]: 1e9 for d in dtypes} | {"copy": 1e9})
 
 
 def test_functions_take_turns():
     calls = []
-    times = bench.seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=4, warmup=1)
+    times = bench.seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+                          repeats=4, warmup=1)
     assert calls == ["a", "b"] * 5 and all(t.shape == (4,) and (t >= 0).all() for t in times.values())
 
 
@@ -38,7 +41,9 @@ def test_median_and_quartiles():
 
 
 def test_ceiling_is_operations_over_time(monkeypatch):
-    """A product of 2048 x 2048 matrices that takes 1 s is 2 * 2048^3 FLOP/s; a copy reads and writes 256 MiB."""
+    """A product of 2048 x 2048 matrices that takes 1 s is 2 * 2048^3 FLOP/s;
+    a copy reads and writes 256 MiB.
+    """
     monkeypatch.setattr(bench, "seconds", lambda functions, *rest: {name: np.ones(3) for name in functions})
     assert bench.ceilings("cpu", [torch.float32]) == {"float32": 2 * 2048 ** 3, "copy": 2 * 2 ** 28}
 
@@ -83,9 +88,11 @@ def test_every_number_follows_from_the_times(quick, capsys):
         config = Config(100, 16, 1, 2, 16, causal=name in bench.CAUSAL)
         needed = flops(config, 4, 16, r["scored"])
         assert r["tokens_per_second"] == pytest.approx(64 / seconds)
-        assert r["of_ceiling"] == pytest.approx(needed / seconds / 1e9) and r["floor_ms"] == pytest.approx(needed / 1e6)
+        assert (r["of_ceiling"] == pytest.approx(needed / seconds / 1e9)
+                and r["floor_ms"] == pytest.approx(needed / 1e6))
         assert r["times_plain"] == pytest.approx(r["plain"]["ms"] / r["ms"]) and r["peak_memory"] > 0
-    assert steps["ar"]["scored"] == steps["dar"]["scored"] == 64 and steps["mlm"]["scored"] == 4 * round(.15 * 16)
+    assert (steps["ar"]["scored"] == steps["dar"]["scored"] == 64
+            and steps["mlm"]["scored"] == 4 * round(.15 * 16))
     printed = capsys.readouterr().out
     assert all(f"{r['tokens_per_second']:.0f}" in printed for r in steps.values())
 
@@ -102,7 +109,8 @@ def test_comparison_is_new_over_old():
 
 def test_json_and_compare_as_a_user_runs_them(tmp_path):
     command = [sys.executable, str(ROOT / "bench.py"), *SMALL, "--objective", "vlm", "--json", "b.json"]
-    first = subprocess.run([*command, "--parts", "step", "score", "sample"], cwd=tmp_path, capture_output=True, text=True)
+    first = subprocess.run([*command, "--parts", "step", "score", "sample"], cwd=tmp_path,
+                           capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     saved = json.loads((tmp_path / "b.json").read_text())
     assert set(saved["parts"]) == {"step", "score", "sample"} and saved["flags"]["n_embd"] == 16

@@ -634,14 +634,15 @@ def test_minipile(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(),
+                    reason="the peak memory of a process is read from /proc")
 def test_memory_is_bounded(tmp_path):
     """One document of 250 MB, with characters that take 4 bytes in memory: its string alone would be 1 GB."""
     with zstd.open(tmp_path / "a.txt.zst", "wb") as file:
         for _ in range(250):
             file.write(("the cat 𝄞 sat on the mat\n" * 40_000)[:1_000_000 - 12_000].encode())
     write_jsonl(tmp_path / "b.jsonl", [f"number {i}" for i in range(100)])
-    code = ("import re, sys, data; data.main(sys.argv[1:]); "                 # ru_maxrss would count the parent's too
+    code = ("import re, sys, data; data.main(sys.argv[1:]); "       # ru_maxrss would count the parent's too
             "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)")
     flags = ["--dataset", "x", "--data_dir", tmp_path, "--tokenizer", "bpe:300", "--val_fraction", "0.5",
              "--files", tmp_path / "a.txt.zst", tmp_path / "b.jsonl"]

@@ -1,4 +1,7 @@
-"""Metrics, readers, built-in tasks, probe and features of eval_glue.py against independent references. No network."""
+"""
+Metrics, readers, built-in tasks, probe and features of eval_glue.py against independent references.
+No network.
+"""
 import http.server
 import json
 import subprocess
@@ -32,7 +35,7 @@ def one_thread():
 # Metrics
 
 def test_metrics_on_published_examples():
-    # scikit-learn's documentation of matthews_corrcoef and f1_score; scipy's of spearmanr; Anscombe's first quartet
+    # documentation of scikit-learn (matthews_corrcoef, f1_score), scipy (spearmanr); Anscombe's first quartet
     assert matthews(np.array([1, -1, 1, 1]), np.array([1, 1, 1, -1])) == pytest.approx(-1 / 3)
     assert f1(np.array([0, 1, 0, 0, 1, 1]), np.array([0, 1, 1, 0, 1, 0])) == pytest.approx(2 / 3)
     assert spearman(np.array([1, 2, 3, 4, 5.]), np.array([5, 6, 7, 8, 7.])) == pytest.approx(0.82078268)
@@ -46,14 +49,16 @@ def test_matthews_and_f1_are_their_formulas():
     for _ in range(20):
         p, t = rng.integers(0, 2, (2, 30))
         tp, tn, fp, fn = [int(np.sum((p == a) & (t == b))) for a, b in [(1, 1), (0, 0), (1, 0), (0, 1)]]
-        assert matthews(p, t) == pytest.approx((tp * tn - fp * fn) / ((tp+fp) * (tp+fn) * (tn+fp) * (tn+fn)) ** .5)
+        assert matthews(p, t) == pytest.approx((tp * tn - fp * fn)
+                                               / ((tp+fp) * (tp+fn) * (tn+fp) * (tn+fn)) ** .5)
         assert f1(p, t) == pytest.approx(2 * (tp / (tp+fp)) * (tp / (tp+fn)) / (tp / (tp+fp) + tp / (tp+fn)))
 
 
 def test_metrics_of_adversarial_cases():
     t, zeros, ones = np.array([0, 1, 1, 0]), np.zeros(4, int), np.ones(4, int)
     assert matthews(zeros, t) == matthews(ones, t) == matthews(t, zeros) == 0 and matthews(1 - t, t) == -1
-    assert f1(zeros, zeros) == 0 and f1(zeros, t) == 0 and f1(ones, zeros) == 0 and f1(ones, t) == pytest.approx(2 / 3)
+    assert (f1(zeros, zeros) == 0 and f1(zeros, t) == 0 and f1(ones, zeros) == 0
+            and f1(ones, t) == pytest.approx(2 / 3))
     assert pearson(np.full(4, .3), t) == 0 and spearman(np.full(4, .3), t) == 0
     assert ranks(np.array([3., 1, 3, 2, 3])).tolist() == [4, 1, 4, 2, 4]
     assert spearman(np.exp(np.arange(9.)), np.arange(9.)) == pytest.approx(1)
@@ -61,7 +66,8 @@ def test_metrics_of_adversarial_cases():
 
 def test_bootstrap_is_the_binomial_error_of_an_accuracy():
     p, t = np.r_[np.ones(300, int), np.zeros(100, int)], np.ones(400, int)
-    assert glue_data.bootstrap(glue_data.accuracy, p, t, np.arange(400)) == pytest.approx((.75 * .25 / 400) ** .5, rel=0.15)
+    assert glue_data.bootstrap(glue_data.accuracy, p, t, np.arange(400)) == \
+        pytest.approx((.75 * .25 / 400) ** .5, rel=0.15)
 
 
 def test_bootstrap_keeps_groups_together():
@@ -76,13 +82,15 @@ def test_bootstrap_keeps_groups_together():
 
 HEADERS = {"SST-2": "sentence\tlabel", "MRPC": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
            "STS-B": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
-           "QQP": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "QNLI": "index\tquestion\tsentence\tlabel",
-           "MNLI": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
-                   "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+           "QQP": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+           "QNLI": "index\tquestion\tsentence\tlabel",
+           "MNLI": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+                   "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
            "RTE": "index\tsentence1\tsentence2\tlabel", "WNLI": "index\tsentence1\tsentence2\tlabel"}
 MNLI_DEV = HEADERS["MNLI"].replace("gold_label", "label2\tlabel3\tlabel4\tlabel5\tgold_label")
-COLUMNS = {"CoLA": (3, 1), "SST-2": (0, 1), "MRPC": (3, 4, 0), "STS-B": (7, 8, 9), "QQP": (3, 4, 5), "MNLI": (8, 9, 11),
-           "QNLI": (1, 2, 3), "RTE": (1, 2, 3), "WNLI": (1, 2, 3)}      # 0-based, text and then label, as distributed
+COLUMNS = {"CoLA": (3, 1), "SST-2": (0, 1), "MRPC": (3, 4, 0), "STS-B": (7, 8, 9), "QQP": (3, 4, 5),
+           "MNLI": (8, 9, 11), "QNLI": (1, 2, 3), "RTE": (1, 2, 3),
+           "WNLI": (1, 2, 3)}               # 0-based, text and then label, as distributed
 TEXTS = ['say "no', "it 's \u2028 é\x85"]   # stray quote; line separators that str.splitlines would cut at
 
 
@@ -110,10 +118,12 @@ def rows_of(name, columns, width):
 def test_official_layouts(tmp_path, name, end, bom):
     columns, header = COLUMNS[name], HEADERS.get(name)
     rows = rows_of(name, columns, len(header.split("\t")) if header else 4)
-    examples, y, malformed = read_tsv(write(tmp_path / "t.tsv", rows + [["short"]], header, end, bom), GLUE[name])
+    examples, y, malformed = read_tsv(write(tmp_path / "t.tsv", rows + [["short"]], header, end, bom),
+                                      GLUE[name])
     assert malformed == 1 and len(y) == 6
     assert examples == [tuple(row[i] for i in columns[:-1]) for row in rows]
-    expected = [float(r[columns[-1]]) if name == "STS-B" else GLUE[name].labels.index(r[columns[-1]]) for r in rows]
+    expected = [float(r[columns[-1]]) if name == "STS-B" else GLUE[name].labels.index(r[columns[-1]])
+                for r in rows]
     assert y.tolist() == expected
 
 
@@ -124,7 +134,8 @@ def test_mnli_has_two_dev_sets_with_the_label_elsewhere(tmp_path):
         rows[0][15] = "-"                                       # no gold label: malformed
         write(tmp_path / f"MNLI/dev_{kind}.tsv", rows, MNLI_DEV)
     task = glue_data.load_task("MNLI", tmp_path, download=False)
-    assert {k: len(d[1]) for k, d in task.dev.items()} == {"matched": 3, "mismatched": 4} and task.malformed == 2
+    assert ({k: len(d[1]) for k, d in task.dev.items()} == {"matched": 3, "mismatched": 4}
+            and task.malformed == 2)
 
 
 def test_mrpc_is_split_by_the_list_of_dev_ids(tmp_path):
@@ -132,7 +143,8 @@ def test_mrpc_is_split_by_the_list_of_dev_ids(tmp_path):
     write(tmp_path / "MRPC/msr_paraphrase_train.txt", rows, HEADERS["MRPC"], "\r\n", bom=True)
     write(tmp_path / "MRPC/mrpc_dev_ids.tsv", [["11", "21"]])
     task = glue_data.load_task("MRPC", tmp_path, download=False)
-    assert task.train == [('a "b', "c"), ("f", "g")] and task.dev[""][0] == [("d", "e")] and task.y.tolist() == [1, 1]
+    assert (task.train == [('a "b', "c"), ("f", "g")] and task.dev[""][0] == [("d", "e")]
+            and task.y.tolist() == [1, 1])
 
 
 @pytest.mark.parametrize("name, header, rows, message", [
@@ -227,8 +239,10 @@ def test_pair_is_balanced_and_its_halves_have_the_same_distribution_in_both_clas
             kept = [sorted(e[half] for e, label in zip(examples, y) if label == k) for k in (0, 1)]
             assert kept[0] == kept[1]
     texts = [text for _, text in library()]
-    for test in (lambda a, b, text: a + b in text, lambda a, b, text: a in text and b in text):     # the latter: one file
-        assert [any(test(a, b, text) for text in texts) for a, b in task.train] == task.y.astype(bool).tolist()
+    for test in (lambda a, b, text: a + b in text,
+                 lambda a, b, text: a in text and b in text):               # the latter: one file
+        assert ([any(test(a, b, text) for text in texts) for a, b in task.train]
+                == task.y.astype(bool).tolist())
     assert {len(half) for example in task.train for half in example} == {glue_data.CHUNK}
 
 
@@ -251,7 +265,7 @@ def test_softmax_probe_has_zero_gradient_and_does_not_depend_on_the_start():
     assert abs(by_hand).max() < 1.1e-5 and abs(P.mean(0)).max() < 1.1e-5 and gradient < 1.1e-5
     other = torch.randn(5, 3, generator=rng, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     W2, *_ = eval_glue.fit_softmax(X, y, 3, 0.01, start=other)
-    assert (W - W2).abs().max() < 3e-3                                      # gradient 1e-5 / curvature 0.01, twice
+    assert (W - W2).abs().max() < 3e-3                          # gradient 1e-5 / curvature 0.01, twice
 
 
 def test_ridge_is_least_squares_with_extra_rows():
@@ -265,7 +279,7 @@ def test_ridge_is_least_squares_with_extra_rows():
 
 def planted(n, seed):
     rng = np.random.default_rng(seed)
-    X = rng.normal(size=(n, 8)) * 10.0 ** np.arange(-3, 5)                  # standardising must undo the scales
+    X = rng.normal(size=(n, 8)) * 10.0 ** np.arange(-3, 5)          # standardising must undo the scales
     return torch.from_numpy(X).float(), (X[:, 0] * 1e3 + X[:, 7] * 1e-4 > 0.8).astype(int)
 
 
@@ -298,7 +312,8 @@ def test_a_class_that_never_occurs_in_training_does_no_harm():
 
 def trained(causal, n_layer=2):
     torch.manual_seed(3)
-    model = Transformer(Config(vocab_size=257, block_size=24, n_layer=n_layer, n_head=2, n_embd=16, causal=causal))
+    model = Transformer(Config(vocab_size=257, block_size=24, n_layer=n_layer, n_head=2, n_embd=16,
+                               causal=causal))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -313,7 +328,8 @@ def test_features_do_not_depend_on_batching(causal):
         batched = eval_glue.extract(model, rows, 256, layer, ["mean", "max", "last"])
         for i, row in enumerate(rows):
             hidden = model.features(torch.tensor([row]), layer=layer)[0].detach()
-            for kind, value in [("mean", hidden.mean(0)), ("max", hidden.max(0).values), ("last", hidden[-1])]:
+            for kind, value in [("mean", hidden.mean(0)), ("max", hidden.max(0).values),
+                                ("last", hidden[-1])]:
                 torch.testing.assert_close(batched[kind][i], value, atol=1e-5, rtol=1e-4)
 
 
@@ -361,7 +377,8 @@ def checkpoints(tmp_path):
 
 
 def run(folder, *flags):
-    command = [sys.executable, str(ROOT / "eval_glue.py"), "--checkpoint", "ar", "vlm", "--glue_dir", "glue", *flags]
+    command = [sys.executable, str(ROOT / "eval_glue.py"), "--checkpoint", "ar", "vlm",
+               "--glue_dir", "glue", *flags]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -381,7 +398,8 @@ def test_result_does_not_depend_on_the_global_seed(checkpoints):
     values = []
     for seed in (0, 1):
         torch.manual_seed(seed), np.random.seed(seed)
-        eval_glue.main(["--checkpoint", str(checkpoints / "vlm"), "--glue_dir", str(checkpoints / "glue"), "--tasks", "RTE"])
+        eval_glue.main(["--checkpoint", str(checkpoints / "vlm"), "--glue_dir", str(checkpoints / "glue"),
+                        "--tasks", "RTE"])
         values.append(json.loads((checkpoints / "vlm/eval_glue.json").read_text())["results"])
         [row.pop("seconds") for row in values[-1]]
     assert values[0] == values[1]
@@ -389,7 +407,8 @@ def test_result_does_not_depend_on_the_global_seed(checkpoints):
 
 def test_finetune_starts_at_the_checkpoint_and_leaves_it_unchanged(checkpoints, monkeypatch):
     monkeypatch.setattr(eval_glue, "LEARNING_RATES", [3e-3, 1e-2])
-    args = ["--glue_dir", str(checkpoints / "glue"), "--tasks", "RTE", "--finetune", "--seeds", "2", "--epochs", "20"]
+    args = ["--glue_dir", str(checkpoints / "glue"), "--tasks", "RTE", "--finetune", "--seeds", "2",
+            "--epochs", "20"]
     model = trained(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     task = glue_data.load_task("RTE", checkpoints / "glue", False)
@@ -398,11 +417,13 @@ def test_finetune_starts_at_the_checkpoint_and_leaves_it_unchanged(checkpoints, 
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     eval_glue.main(["--checkpoint", str(checkpoints / "vlm"), *args])
     [row] = json.loads((checkpoints / "vlm/eval_glue.json").read_text())["results"]
-    assert len(row["model"]["seeds"]) == 2 and row["model"]["value"] > 0.9 and row["model_fit"]["lr"] in (3e-3, 1e-2)
+    assert (len(row["model"]["seeds"]) == 2 and row["model"]["value"] > 0.9
+            and row["model_fit"]["lr"] in (3e-3, 1e-2))
 
 
-@pytest.mark.parametrize("flags", [["--tasks", "WNLI"], ["--tasks", "RTE", "--layer", "9"], ["--tasks", "nonsense"],
-                                   ["--tasks", "RTE", "--max_train", "-1"], ["--checkpoint", "nowhere"]])
+@pytest.mark.parametrize("flags", [["--tasks", "WNLI"], ["--tasks", "RTE", "--layer", "9"],
+                                   ["--tasks", "nonsense"], ["--tasks", "RTE", "--max_train", "-1"],
+                                   ["--checkpoint", "nowhere"]])
 def test_bad_input_gets_one_line_and_exit_code_2(checkpoints, capsys, monkeypatch, flags):
     monkeypatch.chdir(checkpoints)
     with pytest.raises(SystemExit) as stop:

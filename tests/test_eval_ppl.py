@@ -1,5 +1,6 @@
 """
-eval_ppl.py against explicit loops, enumeration of all texts and all orders, and its command line. CPU, no network.
+eval_ppl.py against explicit loops, enumeration of all texts and all orders, and its command line.
+CPU, no network.
 
     pytest tests/test_eval_ppl.py
 """
@@ -26,16 +27,19 @@ from model import Config, Transformer, save_checkpoint, save_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MASKED = {"objective": "mlm", "mask_ratio": 0.4, "mask_range": [0.15, 1.0]}
-TEXT = "The quick brown fox  jumps\nover the lazy dog. Perplexit\u00e9s et \u4e2d\u6587 words, again and again.\n" * 8
+TEXT = ("The quick brown fox  jumps\nover the lazy dog. Perplexit\u00e9s et \u4e2d\u6587 words, again and "
+        "again.\n") * 8
 
 
 def tiny(causal, vocab_size=3, block_size=4):
-    """A random model whose output depends on its whole input, and whose embedding favours mask and padded ids."""
+    """A random model whose output depends on its whole input,
+    and whose embedding favours mask and padded ids.
+    """
     torch.manual_seed(4)
     model = Transformer(Config(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16, causal=causal)).eval()
     with torch.no_grad():
         model.wte.weight.mul_(25)
-        model.wte.weight[vocab_size:] *= 10         # were these ids not excluded, they would have most of the mass
+        model.wte.weight[vocab_size:] *= 10   # were these ids not excluded, they would have most of the mass
         for block in model.blocks:
             block.attn.c_proj.weight.normal_(std=0.7)
             block.mlp.c_proj.weight.normal_(std=0.7)
@@ -54,7 +58,9 @@ def measure(model, x, train=MASKED, **given):
 
 @torch.no_grad()
 def probability(model, inputs, position, token):
-    """P(token at position | inputs), from a softmax over the real vocabulary in float64, one sequence at a time."""
+    """P(token at position | inputs), from a softmax over the real vocabulary in float64,
+    one sequence at a time.
+    """
     logits = model.features(torch.tensor([inputs]))[0, position] @ model.wte.weight.T
     return logits[:model.config.vocab_size].double().softmax(0)[token].item()
 
@@ -75,27 +81,30 @@ def test_causal_is_the_loop_over_prefixes():
     model = tiny(causal=True, vocab_size=7, block_size=9)
     x = random_text(5, model)
     result = measure(model, x, prompt_lengths=list(range(1, 9)))
-    want = np.array([[-math.log(probability(model, row[:k], k - 1, row[k])) for k in range(1, 9)] for row in x.tolist()])
+    want = np.array([[-math.log(probability(model, row[:k], k - 1, row[k])) for k in range(1, 9)]
+                     for row in x.tolist()])
     for k in range(1, 9):
         np.testing.assert_allclose(result[k], want[:, k - 1], rtol=1e-4)
     np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("suffix, masks_after", [("full", lambda k: 9 - k), ("one", lambda k: 1),
-                                                 ("matched", lambda k: min(9 - k, 4))])     # round(0.4 * 9) = 4
+                                                 ("matched", lambda k: min(9 - k, 4))])  # round(0.4 * 9) = 4
 def test_masked_left_to_right_is_the_loop_over_prompts(suffix, masks_after):
     model = tiny(causal=False, vocab_size=7, block_size=9)
     x = random_text(5, model)
     result = measure(model, x, suffix=suffix, samples=100, prompt_lengths=[1, 4, 7, 8])
-    want = np.array([[-math.log(probability(model, row[:k] + [7] * masks_after(k), k, row[k])) for k in range(1, 9)]
-                     for row in x.tolist()])
+    want = np.array([[-math.log(probability(model, row[:k] + [7] * masks_after(k), k, row[k]))
+                      for k in range(1, 9)] for row in x.tolist()])
     for k in (1, 4, 7, 8):
         np.testing.assert_allclose(result[k], want[:, k - 1], rtol=1e-4)
-    np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)      # samples >= T - 1: every length once
+    np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)  # samples >= T - 1: all lengths
 
 
 def test_matched_takes_the_masks_of_the_objective():
-    """vlm was trained with up to mask_range[1] * T masks: with the default range `matched` is `full`, with less not."""
+    """vlm was trained with up to mask_range[1] * T masks:
+    with the default range `matched` is `full`, with less not.
+    """
     model = tiny(causal=False, vocab_size=7, block_size=9)
     x = random_text(5, model)
     vlm = {**MASKED, "objective": "vlm"}
@@ -106,9 +115,12 @@ def test_matched_takes_the_masks_of_the_objective():
     assert abs(narrow - full).min() > 1e-3
 
 
-@pytest.mark.parametrize("causal, suffix", [(True, "full"), (False, "full"), (False, "one"), (False, "matched")])
+@pytest.mark.parametrize("causal, suffix", [(True, "full"), (False, "full"), (False, "one"),
+                                            (False, "matched")])
 def test_left_to_right_probabilities_of_all_texts_sum_to_one(causal, suffix):
-    """Given the first token; so padded ids and the mask token, which this model favours, have no probability."""
+    """Given the first token; so padded ids and the mask token, which this model favours,
+    have no probability.
+    """
     model = tiny(causal)
     x = all_texts(model)
     result = measure(model, x, suffix=suffix, samples=100)
@@ -136,9 +148,9 @@ def test_grid_is_even_and_complete():
         S = min(samples, levels)
         assert grid.shape == (n, S) and grid.min() >= 0 and grid.max() < levels
         assert (np.floor(grid * S / levels + S / levels - 1e-9) >= np.arange(S)).all()
-        assert (np.floor(grid * S / levels) <= np.arange(S)).all()             # one number in each of S equal parts
+        assert (np.floor(grid * S / levels) <= np.arange(S)).all()      # one number in each of S equal parts
         counts = np.bincount(grid.ravel(), minlength=levels)
-        assert abs(counts - n * S / levels).max() <= 4                          # the golden-ratio lattice spreads them
+        assert abs(counts - n * S / levels).max() <= 4                  # the golden ratio spreads them
         if S == levels:
             assert (grid == np.arange(S)).all()
 
@@ -160,14 +172,17 @@ def test_no_pass_is_done_twice_and_none_is_longer_than_needed():
 def order_probabilities(model, x):
     """For every order, -log of the probability that it writes x; (T!,)."""
     mask, T = model.config.mask_token, len(x)
-    P = {visible: [probability(model, [x[i] if i in visible else mask for i in range(T)], j, x[j]) for j in range(T)]
+    P = {visible: [probability(model, [x[i] if i in visible else mask for i in range(T)], j, x[j])
+                   for j in range(T)]
          for r in range(T) for visible in itertools.combinations(range(T), r)}
     return np.array([-sum(math.log(P[tuple(sorted(order[:i]))][order[i]]) for i in range(T))
                      for order in itertools.permutations(range(T))])
 
 
 def test_bound_is_above_the_likelihood_and_hits_its_enumerated_value():
-    """-log of the mixture over all 24 orders <= bound = mean over the orders; the estimate agrees within 4 s.e."""
+    """-log of the mixture over all 24 orders <= bound = mean over the orders;
+    the estimate agrees within 4 s.e.
+    """
     model = tiny(causal=False)
     for x in ([0, 1, 2, 0], [2, 2, 1, 0]):
         losses = order_probabilities(model, x)
@@ -270,7 +285,8 @@ def checkpoint(folder, causal=False, objective="mlm", **train):
     os.makedirs(folder)
     torch.manual_seed(0)
     config = Config(257, 32, n_layer=1, n_head=2, n_embd=16, causal=causal)
-    save_config(folder, config, train={**MASKED, "objective": objective, "lookahead": 2, "dataset": "toy", **train})
+    save_config(folder, config, train={**MASKED, "objective": objective, "lookahead": 2, "dataset": "toy",
+                                       **train})
     save_checkpoint(folder, Transformer(config), [], step=7)
     tokenizer.save_tokenizer("bytes", folder)
     return folder
@@ -288,8 +304,8 @@ def work(tmp_path, monkeypatch):
 
 def test_run_as_a_script(work):
     command = ["eval_ppl.py", "--checkpoint", "out/dar", "out/mlm", "--text", "t.txt", "--max_windows", "6"]
-    done = subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:]], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:]],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "batch" in done.stderr                                            # the progress bar
     lines = done.stdout.splitlines()
@@ -301,9 +317,10 @@ def test_run_as_a_script(work):
         with open(f"out/{name}/eval_ppl_t_left-to-right.json") as file:
             report = json.load(file)
         assert report["command"] == "python " + " ".join(command)
-        assert (report["step"], report["windows"], report["tokens"], report["bytes"]) == (7, 6, 6 * 31, 6 * 31)
+        assert ((report["step"], report["windows"], report["tokens"], report["bytes"])
+                == (7, 6, 6 * 31, 6 * 31))
         r = report["all"]
-        assert r["nats_per_token"] == pytest.approx(math.log(257), abs=0.3)     # an untrained model is near uniform
+        assert r["nats_per_token"] == pytest.approx(math.log(257), abs=0.3)  # untrained: near uniform
         assert r["bits_per_byte"] == pytest.approx(r["nats_per_token"] / math.log(2))
         assert set(report["prompt_lengths"]) == {"1", "2", "4", "8", "16", "31"}
         cell = table[1].split("after 1")[1].split("  ")
@@ -315,7 +332,8 @@ def test_causal_models_are_refused_in_one_line(work, capsys, method):
     with pytest.raises(SystemExit) as stop:
         eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--method", method])
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.startswith("error: out/dar is causal") and err.count("\n") == 1
+    assert (stop.value.code == 2 and out == "" and err.startswith("error: out/dar is causal")
+            and err.count("\n") == 1)
     assert not [name for name in os.listdir("out/mlm") if name.startswith("eval")]
     eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--method", method, "--max_windows", "2"])
     assert os.path.exists(f"out/mlm/eval_ppl_t_{method}.json")
@@ -345,10 +363,13 @@ def test_bad_input_is_refused_in_one_line(work, capsys, flags, message):
 
 
 def test_val_is_the_validation_split(work, capsys):
-    """Of the dataset that the checkpoint names, in its data_dir; refused if that has another tokenizer by now."""
+    """Of the dataset that the checkpoint names, in its data_dir;
+    refused if that has another tokenizer by now.
+    """
     for i in range(40):
         (work / f"{i}.txt").write_text(f"Document {i}. " + "a b c d e " * 10)
-    data.prepare("toy", files=[f"{i}.txt" for i in range(40)], tokenizer="bytes", val_fraction=0.3, data_dir="sets")
+    data.prepare("toy", files=[f"{i}.txt" for i in range(40)], tokenizer="bytes", val_fraction=0.3,
+                 data_dir="sets")
     checkpoint("out/vlm", objective="vlm", data_dir="sets")
     eval_ppl.main(["--checkpoint", "out/vlm", "--val", "--max_windows", "0"])
     with open("out/vlm/eval_ppl_val_left-to-right.json") as file:
@@ -366,14 +387,16 @@ def test_val_is_the_validation_split(work, capsys):
 
 def test_suffixes_do_not_overwrite_each_other(work, capsys):
     for suffix in ("full", "one", "matched"):
-        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--suffix", suffix, "--max_windows", "3"])
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--suffix", suffix,
+                       "--max_windows", "3"])
     names = {name for name in os.listdir("out/mlm") if name.startswith("eval")}
     assert names == {f"eval_ppl_t_left-to-right{ending}.json" for ending in ("", "-one", "-matched")}
 
 
 def test_plot(work, capsys):
     pytest.importorskip("matplotlib")
-    eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3", "--plot", "p.png"])
+    eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt",
+                   "--max_windows", "3", "--plot", "p.png"])
     assert (work / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -404,7 +427,8 @@ def serve(tmp_path, monkeypatch):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
-        monkeypatch.setattr(eval_ppl, "WIKITEXT_URL", f"http://127.0.0.1:{server.server_address[1]}/wikitext.zip")
+        monkeypatch.setattr(eval_ppl, "WIKITEXT_URL",
+                            f"http://127.0.0.1:{server.server_address[1]}/wikitext.zip")
         monkeypatch.setattr(eval_ppl, "WIKITEXT_SHA256", sha256 or hashlib.sha256(content).hexdigest())
         monkeypatch.setattr(eval_ppl, "WIKITEXT_TEST_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     yield start
@@ -439,11 +463,14 @@ def test_wikitext_is_downloaded_once_and_checked(work, serve, capsys):
     assert "is not the official file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["403", "truncated", "checksum", "climbs", "absolute", "windows", "no zip", "empty zip"])
+@pytest.mark.parametrize("what", ["403", "truncated", "checksum", "climbs", "absolute", "windows",
+                                  "no zip", "empty zip"])
 def test_bad_downloads_are_refused_in_one_line(work, serve, capsys, what):
-    names = {"climbs": "a/../../wiki.test.raw", "absolute": "/tmp/wiki.test.raw", "windows": "..\\wiki.test.raw"}
+    names = {"climbs": "a/../../wiki.test.raw", "absolute": "/tmp/wiki.test.raw",
+             "windows": "..\\wiki.test.raw"}
     content = archive(work / "a.zip", {**GOOD, names[what]: "evil"} if what in names else GOOD)
-    content = {"no zip": b"not a zip" * 100, "empty zip": archive(work / "e.zip", {"other": "x"})}.get(what, content)
+    content = {"no zip": b"not a zip" * 100,
+               "empty zip": archive(work / "e.zip", {"other": "x"})}.get(what, content)
     before = {path for path in work.rglob("*")}
     serve(content, status=403 if what == "403" else 200, cut=-50 if what == "truncated" else None,
           sha256="0" * 64 if what == "checksum" else None)

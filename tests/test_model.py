@@ -1,10 +1,11 @@
 """
-The Transformer against a plain float64 reference, what it may see, what it may predict, its counts, its checkpoints.
+The Transformer against a plain float64 reference, what it may see, what it may predict, its counts,
+its checkpoints.
 
     pytest tests/test_model.py                  # a few seconds, CPU, no network
 
-init_weights sets the last matrix of every attention and MLP to zero, so a fresh model is blind to its context: every test
-here works on randomised weights.
+init_weights sets the last matrix of every attention and MLP to zero, so a fresh model is blind to its
+context: every test here works on randomised weights.
 """
 import json
 import os
@@ -18,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from bench import peak_memory
-from model import (Config, CrossEntropy, Transformer, attend, flops, load_checkpoint, num_params, save_checkpoint,
-                   save_config)
+from model import (Config, CrossEntropy, Transformer, attend, flops, load_checkpoint, num_params,
+                   save_checkpoint, save_config)
 
 
 def make(causal, seed=0, **kwargs):
@@ -129,7 +130,8 @@ def test_causality(causal):
         y[0, k] = (x[0, k] + 1) % 70
         moved = (model.features(y) - before).abs().amax(dim=-1)[0] > 1e-4   # (T,)
         if causal:
-            assert not moved[:k].any(), f"causal: token {k} changes an earlier position: the model sees the future"
+            assert not moved[:k].any(), \
+                f"causal: token {k} changes an earlier position: the model sees the future"
             assert moved[k:].all(), f"causal: a position does not see the earlier token {k}"
         else:
             assert moved.all(), f"bidirectional: not every position sees token {k}"
@@ -158,7 +160,7 @@ def test_padding_does_not_change_real_tokens(causal):
 def test_key_value_cache_equals_full_forward(prompt):
     model, x = make(True), ids()
     cache = [[] for _ in range(2)]
-    parts = [model.features(x[:, :prompt], cache=cache)]                    # the prompt at once, the rest one by one
+    parts = [model.features(x[:, :prompt], cache=cache)]                # the prompt at once, then one by one
     parts += [model.features(x[:, t:t + 1], cache=cache) for t in range(prompt, 12)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model.features(x), atol=1e-5, rtol=1e-4)
 
@@ -191,7 +193,8 @@ def test_fresh_model_predicts_uniformly_enough():
     model = Transformer(Config(vocab_size=70, block_size=12, n_layer=2, n_head=2, n_embd=64))
     x = ids() % 70
     loss = model(x, torch.arange(36), torch.randint(70, (36, 1)), torch.ones(36)) / 36
-    assert loss.item() == pytest.approx(np.log(70), abs=0.1), "the loss before training is that of a uniform guess"
+    assert loss.item() == pytest.approx(np.log(70), abs=0.1), \
+        "the loss before training is that of a uniform guess"
 
 
 def test_odd_heads_are_refused():
@@ -202,8 +205,8 @@ def test_odd_heads_are_refused():
 # -----------------------------------------------------------------------------
 # The two fast paths against slow ones
 
-@pytest.mark.parametrize("causal, masked, T, S", [(False, False, 12, 12), (True, False, 12, 12), (False, True, 12, 12),
-                                                  (False, False, 1, 9)])
+@pytest.mark.parametrize("causal, masked, T, S", [(False, False, 12, 12), (True, False, 12, 12),
+                                                  (False, True, 12, 12), (False, False, 1, 9)])
 def test_attention_written_out_for_bfloat16_is_attention(causal, masked, T, S):
     """Against float64, loop by loop, with the gradient of float32's fused kernel. bfloat16 has 8 bits."""
     rng = torch.Generator().manual_seed(3)
@@ -217,7 +220,8 @@ def test_attention_written_out_for_bfloat16_is_attention(causal, masked, T, S):
         p = np.exp(score - score.max())
         expected = (p / p.sum()) @ v[b, h, sees].double().numpy()
         np.testing.assert_allclose(y[b, h, t].double().numpy(), expected, atol=0.04)
-    slow, fast = ([x.clone().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (torch.float32, torch.bfloat16))
+    slow, fast = ([x.clone().to(dtype).requires_grad_() for x in (q, k, v)]
+                  for dtype in (torch.float32, torch.bfloat16))
     for inputs in (slow, fast):
         attend(*inputs, causal, mask).float().square().sum().backward()
     for a, b in zip(slow, fast):
@@ -269,15 +273,15 @@ def test_num_params(sizes):
 def test_flops_equal_those_that_torch_counts():
     model, x, N = make(False), ids(), 10
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):                             # attention as plain matrix products
+    with counter, sdpa_kernel(SDPBackend.MATH):                     # attention as plain matrix products
         model(x, torch.arange(N), torch.ones(N, 1, dtype=torch.int64), torch.ones(N)).backward()
     assert flops(model.config, 3, 12, N) == counter.get_total_flops()
 
 
 def test_flops_of_a_causal_model_count_the_lower_triangle():
     full, causal = (flops(make(c).config, 3, 12, 10) for c in (False, True))
-    skipped = 12 * 11 // 2                                                  # (query, key) pairs above the diagonal
-    assert full - causal == 3 * 2 * (2 * 2 * 16 * skipped * 3)              # backward, layers, q k^T and p v, B
+    skipped = 12 * 11 // 2                                          # (query, key) pairs above the diagonal
+    assert full - causal == 3 * 2 * (2 * 2 * 16 * skipped * 3)      # backward, layers, q k^T and p v, B
 
 # -----------------------------------------------------------------------------
 # Checkpoints
@@ -302,7 +306,8 @@ def test_checkpoint_roundtrip(tmp_path, causal):
     loaded, config = load_checkpoint(tmp_path)
     assert loaded.config == model.config and not loaded.training
     assert config["step"] == 7 and config["train"] == {"objective": "dar", "mask_range": [0.15, 1.0]}
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(),
+                                                 strict=True))
     assert torch.equal(model.features(ids()), loaded.features(ids()))
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "config.json"], "temporary files are left behind"
 
@@ -328,7 +333,8 @@ def test_unpickling_attack_is_refused(tmp_path, how):
 
 def test_missing_checkpoint(tmp_path):
     message = refused(tmp_path / "nowhere")
-    assert "config.json is missing" in message and "train.py" in message, "say which file is missing and what to do"
+    assert "config.json is missing" in message and "train.py" in message, \
+        "say which file is missing and what to do"
     save_config(tmp_path, make(False).config)
     assert "ckpt.pt is missing" in refused(tmp_path)
 
@@ -338,12 +344,13 @@ def test_missing_checkpoint(tmp_path):
 def test_corrupt_checkpoint(tmp_path, name, damage):
     save(tmp_path, make(False))
     data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes({"half": data[:len(data) // 2], "empty": b"", "noise": b"\x93not it\n" * 50}[damage])
+    (tmp_path / name).write_bytes({"half": data[:len(data) // 2], "empty": b"",
+                                   "noise": b"\x93not it\n" * 50}[damage])
     refused(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"n_embd": 32}, {"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 200}, {"colour": 1},
-                                    {"n_layer": "two"}, {"n_head": 3}])
+@pytest.mark.parametrize("change", [{"n_embd": 32}, {"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 200},
+                                    {"colour": 1}, {"n_layer": "two"}, {"n_head": 3}])
 def test_config_that_does_not_fit(tmp_path, change):
     save(tmp_path, make(False))
     config = json.loads((tmp_path / "config.json").read_text())

@@ -216,7 +216,7 @@ def test_resume_refuses_another_model(data_dir, tmp_path):
 def test_a_compiler_that_does_not_work_is_one_line_and_the_run_goes_on(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    out, err = run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out", "--max_iters", "2",
-                          "--compile", "on")
+    out, err = run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
+                          "--max_iters", "2", "--compile", "on")
     said = [line for line in (out + err).splitlines() if "torch.compile does not work here" in line]
     assert len(said) == 1 and len(log_of(tmp_path / "out")) == 2
