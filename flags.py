@@ -17,7 +17,7 @@ from objectives import CHOICES, OBJECTIVES
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
     "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128,
                  batch_size=16, batch_tokens=2048, max_iters=1000, warmup_iters=50,
-                 optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
+                 optimizer="muon", learning_rate=1e-2, eval_interval=250, eval_iters=20),
     "small": dict(dataset="stdlib", n_layer=8, n_head=8, n_embd=512, block_size=512,
                   batch_size=64, batch_tokens=65536, max_iters=3000, warmup_iters=100,
                   optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),

@@ -306,8 +306,9 @@ def loop(args, model, fast, optimizers, make, validate, first, step_flops):
         bar.update()
         final = done == args.max_iters
         logs = final or done % args.log_interval == 0
-        stop = signals[-1] if world == 1 else int(all_reduce(torch.tensor(signals[-1], device=args.device),
-                                                             dist.ReduceOp.MAX)) if logs else 0
+        stop = signals[-1]
+        if world > 1:                       # all stop together, at a step that is logged; a sync
+            stop = int(all_reduce(torch.tensor(stop, device=args.device), dist.ReduceOp.MAX)) if logs else 0
         validates = final or done % args.eval_interval == 0
         saves = final or stop or done % args.save_interval == 0
         if not (logs or validates or saves):
