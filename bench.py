@@ -101,8 +101,14 @@ def ceilings(device, dtypes):
 # -----------------------------------------------------------------------------
 # What is measured. Each part returns {name: number or dict}, for the table and for JSON
 
+def plain_loss(model, inputs, positions, targets, weights):
+    """What Transformer.forward computes, written the plain way: all logits at once."""
+    log_p = model.logits(model.features(inputs).flatten(0, 1)[positions]).log_softmax(dim=-1)   # (N, V)
+    return -(log_p.gather(1, targets).mean(dim=1) * weights).sum()
+
+
 def every_position(batch, size):
-    """The same loss, with logits computed at all `size` positions and weight 0 where none is scored."""
+    """The batch with all `size` positions scored, at weight 0 those that were not: the same loss."""
     inputs, positions, targets, weights = batch
     every = torch.zeros(size, targets.size(1), dtype=targets.dtype, device=targets.device)
     weight = torch.zeros(size, device=weights.device)
@@ -139,7 +145,8 @@ def bench_step(args, objective, shards, ceiling):
     fast = compiled(model, batches[0]) if pick_compile(args, needed) else model
     steps = {"step": partial(update, fast, list(make_optimizers(model, args)), batches, args, 0)}
     if not args.no_plain:
-        steps["plain"] = partial(update, plain, list(make_optimizers(plain, args)), plain_batches, args, 0)
+        steps["plain"] = partial(update, partial(plain_loss, plain), list(make_optimizers(plain, args)),
+                                 plain_batches, args, 0)
     for optimizer in [o for step in steps.values() for o in step.args[1]]:
         for group in optimizer.param_groups:
             group["peak_lr"] = 0.0      # the weights stay, so every repeat is the same work
