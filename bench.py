@@ -5,14 +5,15 @@ How fast is each objective, and how far is that from what this machine can do?
     python bench.py --preset tiny --objective ar vlm --repeats 40 --json bench.json
     python bench.py --parts step --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_tokens 4096 \
         --vocab_size 4096 --optimizer adamw --compile on
-    python bench.py --compare bench.json                        # the same run again, as ratios to that one
+    python bench.py --compare bench.json                        # the same flags: ratios to that run
 
 Takes every flag of train.py and measures the training step that it would run, on random tokens. The ceilings
 are measured in the same process: large matrix products in the dtypes used, and copying memory. Beside each
 step stands the plain version of the same model, float32, eager, logits at every position, in turns with it
 (with the same optimizer and the same memory setting, model.reuse_memory, which plain PyTorch does not have).
 Operations are counted for the work that is needed (model.flops), so redundant work lowers the percentage.
-Every time is a median over repeats, with the quartiles in brackets.
+Times are medians over repeats, of the step with its quartiles in brackets; the device is waited for after
+every step, which training does not do. "data ms" is the time to make a step's batch, which training hides.
 """
 import copy
 import json
@@ -45,8 +46,8 @@ from train import compiled, get_batch, make_optimizers, make_options, pick_compi
 
 def clock(device):
     """Seconds, when all that was asked of the device is done."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -70,7 +71,12 @@ def median(times):
 
 
 def peak_memory(step, device):
-    """Bytes that tensors take up at the most during a step, beyond those that are there before it."""
+    """Bytes that tensors take up at the most during a step, beyond those that are there before it.
+
+    0 where this cannot be known (Apple's GPUs).
+    """
+    if device == "mps":
+        return 0
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -118,9 +124,14 @@ def every_position(batch, size):
 
 
 def build(args, causal, vocab_size):
+    """A model with no matrix at zero, as some are at first: products with zeros can be faster on a GPU."""
     torch.manual_seed(args.seed)
     config = Config(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, causal)
-    model = Transformer(config).to(args.device)
+    model = Transformer(config)
+    for block in model.blocks:
+        for part in (block.attn, block.mlp):
+            torch.nn.init.normal_(part.c_proj.weight, std=args.n_embd ** -0.5)
+    model = model.to(args.device)
     model.dtype = pick_dtype(args.dtype, args.device)
     return model
 
@@ -135,8 +146,11 @@ def bench_step(args, objective, shards, ceiling):
     plain.dtype = torch.float32
     sequences = range(args.batch_tokens // args.block_size)
     cuts = [sequences[i:i + args.batch_size] for i in sequences[::args.batch_size]]
-    make = partial(get_batch, shards, options, args.seed, 0)
-    batches = [to_device(make(cut), args.device) for cut in cuts]
+
+    def load():
+        return [to_device(get_batch(shards, options, args.seed, 0, cut), args.device) for cut in cuts]
+
+    batches = load()
     plain_batches = [every_position(batch, batch[0].numel()) for batch in batches]
     scored = sum(int((weights > 0).sum()) for *_, weights in batches)
     needed = flops(model.config, len(sequences), args.block_size, scored)
@@ -151,13 +165,13 @@ def bench_step(args, objective, shards, ceiling):
         for group in optimizer.param_groups:
             group["peak_lr"] = 0.0      # the weights stay, so every repeat is the same work
     times = seconds(steps, args.repeats, args.device)
-    load = seconds({"load": lambda: [make(cut) for cut in cuts]}, args.repeats)["load"]
     result = median(times["step"])
     rate = args.batch_tokens / result["ms"] * 1e3
     result |= {"tokens_per_second": rate, "flops_per_second": needed / result["ms"] * 1e3,
                "of_ceiling": needed / result["ms"] * 1e3 / ceiling, "floor_ms": needed / ceiling * 1e3,
                "scored": scored, "peak_memory": peak_memory(steps["step"], args.device),
-               "load_ms": median(load)["ms"], "compiled": fast is not model}
+               "load_ms": median(seconds({"load": load}, args.repeats, args.device)["load"])["ms"],
+               "compiled": fast is not model}
     if not args.no_plain:
         result["plain"] = median(times["plain"]) | {"peak_memory": peak_memory(steps["plain"], args.device)}
         result["times_plain"] = result["plain"]["ms"] / result["ms"]
@@ -249,6 +263,16 @@ def rates(result, path=""):
     return out
 
 
+RUN = ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "vocab_size",
+       "optimizer", "dtype", "compile", "device")       # flags that must be equal for two results to compare
+
+def check_same(old, new):
+    """Raises ValueError, one line, unless the flags of two results ask for the same work."""
+    other = [f"{name} {old.get(name)}" for name in RUN if old.get(name) != new.get(name)]
+    if other:
+        raise ValueError(f"the other result was measured with {', '.join(other)}: give the same flags")
+
+
 def comparison(old, new):
     """Lines with the ratio new / old of every rate that both results have. Raises ValueError if none."""
     old, new = rates(old), rates(new)
@@ -278,7 +302,7 @@ def build_parser():
 
 
 def run(args):
-    """Measure, print as it comes, return everything as a dict. Raises ValueError, one line, for bad input."""
+    """Measure, print and write to --json as it comes. Raises ValueError, one line, for bad input."""
     names = list(OBJECTIVES) if "all" in args.objective else args.objective
     args.objective, args.overwrite = names[0], True             # nothing is written: any out_dir will do
     flags.complete(args)
@@ -287,35 +311,41 @@ def run(args):
     if min(args.repeats, args.vocab_size) < 1:
         raise ValueError("repeats and vocab_size must be at least 1")
     old = json.loads(Path(args.compare).read_text()) if args.compare else None
+    if old:
+        check_same(old["flags"], vars(args))
     dtype = pick_dtype(args.dtype, args.device)
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    result = {"device": device, "torch": torch.__version__, "flags": vars(args), "parts": {},
-              "ceilings": ceilings(args.device, list(dict.fromkeys([dtype, torch.float32])))}
+    result = {"device": device, "torch": torch.__version__, "flags": {**vars(args), "objective": names},
+              "ceilings": ceilings(args.device, list(dict.fromkeys([dtype, torch.float32]))), "parts": {}}
     ceiling = result["ceilings"]
     print(f"{device}, torch {torch.__version__}, {args.preset}: {args.n_layer} layers, width {args.n_embd}, "
           f"T {args.block_size}, vocabulary {args.vocab_size}, {args.batch_tokens} tokens a step, "
           f"{args.optimizer}\n"
           "ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} {'GB' if k == 'copy' else 'GFLOP'}/s"
                                    for k, v in ceiling.items()), flush=True)
-    parts = result["parts"]
-    if "step" in args.parts:
-        shards = [np.random.default_rng(0).integers(args.vocab_size, size=2 ** 21).astype(np.uint32)]
-        parts["step"] = {name: bench_step(args, name, shards, ceiling[str(dtype)[6:]]) for name in names}
-        print(step_table(parts["step"]), flush=True)
-    if "prepare" in args.parts:
-        r = parts["prepare"] = bench_prepare(args)
-        print(f"preparation: {r['bytes_per_second'] / 1e6:.1f} MB of text a second, "
-              f"{r['ratio']:.0%} of bare tiktoken")
-    if "score" in args.parts:
-        r = parts["score"] = bench_score(args)
-        print(f"masked left-to-right scoring: {r['tokens_per_second']:.0f} tokens/s, "
-              f"{r['times_forward']:.2f} times the plain forward passes")
-    if "sample" in args.parts:
-        r = parts["sample"] = bench_sample(args)
-        print("sampling, tokens/s: " + ", ".join(f"{name.split('_')[0]} {v:.0f}" for name, v in r.items()))
+    for part in args.parts:
+        if part == "step":
+            shards = [np.random.default_rng(0).integers(args.vocab_size, size=2 ** 21).astype(np.uint32)]
+            r = {name: bench_step(args, name, shards, ceiling[str(dtype)[6:]]) for name in names}
+            print(step_table(r), flush=True)
+        elif part == "prepare":
+            r = bench_prepare(args)
+            print(f"preparation: {r['bytes_per_second'] / 1e6:.1f} MB of text a second, "
+                  f"{r['ratio']:.0%} of bare tiktoken")
+        elif part == "score":
+            r = bench_score(args)
+            print(f"masked left-to-right scoring: {r['tokens_per_second']:.0f} tokens/s, "
+                  f"{r['times_forward']:.2f} times the plain forward passes")
+        else:
+            r = bench_sample(args)
+            print("sampling, tokens/s: " + ", ".join(f"{n.split('_')[0]} {v:.0f}" for n, v in r.items()))
+        result["parts"][part] = r
+        if args.json:
+            write_json(args.json, result)
     if old:
-        print(f"\nratios to {args.compare}\n{comparison(old, result)}")
+        print(f"\nratios to {args.compare} ({old['device']}, torch {old['torch']})\n"
+              f"{comparison(old, result)}")
     return result
 
 
@@ -323,9 +353,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     reuse_memory()
     with one_line_errors():
-        result = run(args)
-        if args.json:
-            write_json(args.json, result)
+        run(args)
 
 
 if __name__ == "__main__":

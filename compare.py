@@ -6,9 +6,10 @@ The paper's claims, measured: four objectives, the same model, data and number o
     python compare.py --train "--preset small --dataset mine" --eval_ppl "--text book.txt"
 
 Runs train.py, eval_ppl.py and eval_glue.py for every objective and seed, as one would by hand, in
-OUT_DIR/OBJECTIVE-SEED. What is there already is not done again, so the same command goes on where it was
-stopped. At the end: a table of means over the seeds with [least, greatest], and each claim as differences
-between runs of the same seed (which share their data order). All numbers go to OUT_DIR/compare.json.
+OUT_DIR/OBJECTIVE-SEED. What the same commands have done already is not done again, so a run goes on where it
+was stopped, and takes further seeds or objectives; other flags need another OUT_DIR. At the end: a table of
+means over the seeds with [least, greatest], and each claim as differences between runs of the same seed
+(which share their data order). All numbers go to OUT_DIR/compare.json.
 """
 import argparse
 import json
@@ -22,60 +23,66 @@ from pathlib import Path
 import numpy as np
 
 from files import one_line_errors, write_json
-from objectives import CAUSAL, OBJECTIVES
+from model import read_checkpoint
+from objectives import OBJECTIVES
 
 HERE = Path(__file__).parent
 
 # -----------------------------------------------------------------------------
 # Running
 
-def commands(objective, folder, args, seed):
-    """The command lines of one run, each with the file that shows that it is done."""
-    train = ["train.py", "--objective", objective, "--seed", str(seed), "--max_iters", str(args.max_iters),
-             *shlex.split(args.train), "--out_dir", str(folder)]
-    if (folder / "ckpt.pt").exists():
-        train = ["train.py", "--resume", "--out_dir", str(folder)]
+def evaluations(objective, folder, args):
+    """The command lines that evaluate a run. mlm is also scored with as few masks as it was trained with."""
     ppl = ["eval_ppl.py", "--checkpoint", str(folder), *shlex.split(args.eval_ppl)]
-    glue = ["eval_glue.py", "--checkpoint", str(folder), *shlex.split(args.eval_glue)]
-    yield train, None
-    yield ppl, "eval_ppl_*_left-to-right.json"
-    if objective not in CAUSAL:
-        yield [*ppl, "--suffix", "matched"], "eval_ppl_*_left-to-right-matched.json"
-    yield glue, "eval_glue.json"
+    matched = [[*ppl, "--suffix", "matched"]] if objective == "mlm" else []
+    return [ppl, *matched, ["eval_glue.py", "--checkpoint", str(folder), *shlex.split(args.eval_glue)]]
 
 
-def trained(folder, max_iters):
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() and (folder / "ckpt.pt").exists() else []
-    return bool(lines) and json.loads(lines[-1])["step"] >= max_iters
+def report(command, folder):
+    """What a command has left in the folder, a dict; None if there is nothing of it."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("eval_*.json"))]
+    return next((r for r in reports if r["command"] == shlex.join(["python", *command])), None)
+
+
+def call(command, args):
+    """Run one of our scripts; raises ValueError with what it said if it fails."""
+    print("python", shlex.join(command), flush=True)
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True,
+                          text=True, env={"OMP_NUM_THREADS": threads, **os.environ})
+    if done.returncode:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        errors = [line for line in said if "error:" in line] or said or ["it said nothing"]
+        raise ValueError(f"python {shlex.join(command)} failed: {errors[-1]}")
 
 
 def one_run(objective, seed, args):
-    """Train and evaluate; raises ValueError with the command and its last line if one of them fails."""
+    """Train and evaluate, unless that is done."""
     folder = Path(args.out_dir, f"{objective}-{seed}")
-    for command, result in commands(objective, folder, args, seed):
-        if any(folder.glob(result)) if result else trained(folder, args.max_iters):
-            continue
-        print("python", shlex.join(command), flush=True)
-        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-        done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True,
-                              text=True, env={"OMP_NUM_THREADS": threads, **os.environ})
-        if done.returncode:
-            raise ValueError(f"python {shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}")
+    begun = (folder / "ckpt.pt").exists()
+    if not begun:
+        call(["train.py", "--objective", objective, "--seed", str(seed), "--max_iters", str(args.max_iters),
+              *shlex.split(args.train), "--out_dir", str(folder)], args)
+    elif read_checkpoint(folder)[0]["step"] < args.max_iters:
+        call(["train.py", "--resume", "--out_dir", str(folder)], args)
+    for command in evaluations(objective, folder, args):
+        done = report(command, folder)
+        if not done or done["step"] != args.max_iters:
+            call(command, args)
 
 # -----------------------------------------------------------------------------
 # Collecting
 
-def numbers(folder):
-    """{name of a measurement: number} of one run: what its JSON files say."""
-    out = {}
-    for path in sorted(folder.glob("eval_ppl_*_left-to-right*.json")):
-        report = json.loads(path.read_text())
-        kind = ", suffix matched" if report["suffix"] == "matched" else ""
-        for k, result in report["prompt_lengths"].items():
+def numbers(objective, seed, args):
+    """{name of a measurement: number} of one run: what its evaluations have left."""
+    folder, out = Path(args.out_dir, f"{objective}-{seed}"), {}
+    *scores, glue = [report(command, folder) for command in evaluations(objective, folder, args)]
+    for score in scores:
+        kind = ", suffix matched" if score["suffix"] == "matched" else ""
+        for k, result in score["prompt_lengths"].items():
             out[f"perplexity after {k}{kind}"] = result["perplexity"]
-        out[f"perplexity, all{kind}"] = report["all"]["perplexity"]
-    for row in json.loads((folder / "eval_glue.json").read_text())["results"]:
+        out[f"perplexity, all{kind}"] = score["all"]["perplexity"]
+    for row in glue["results"]:
         name = f"{row['task']}, {row['metric']}, {row['pool']}"
         out[name] = 100 * row["model"]["value"]
         out[f"{name}: its input embeddings"] = 100 * row["embeddings"]["value"]
@@ -148,9 +155,15 @@ def build_parser():
 def run(args):
     if args.jobs < 1:
         raise ValueError(f"jobs must be at least 1, not {args.jobs}")
+    fixed = {name: getattr(args, name) for name in ("max_iters", "train", "eval_ppl", "eval_glue")}
+    path = Path(args.out_dir, "flags.json")
+    if path.exists() and json.loads(path.read_text()) != fixed:
+        raise ValueError(f"{args.out_dir} holds runs with other flags, see {path}: take another --out_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, fixed)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: one_run(*job, args), [(o, s) for s in args.seeds for o in args.objectives]))
-    results = {o: {s: numbers(Path(args.out_dir, f"{o}-{s}")) for s in args.seeds} for o in args.objectives}
+    results = {o: {s: numbers(o, s, args) for s in args.seeds} for o in args.objectives}
     write_json(Path(args.out_dir, "compare.json"), {"flags": vars(args), "results": results})
     print(f"\nmean over seeds {args.seeds} [least, greatest]\n\n{table(results, args.objectives)}\n\n"
           f"{claims(results)}")

@@ -16,7 +16,7 @@ to CHECKPOINT/eval_glue.json.
 
 `--tasks stdlib` are stand-ins for a first run and not GLUE. They are split as the dataset stdlib is, so a
 model that was trained on this Python's library has not seen their test files. Standard errors are over test
-examples, by bootstrap; models that differ only in their seed differ by more.
+examples (there: files), by bootstrap; models that differ only in their seed differ by more.
 """
 import argparse
 import copy
@@ -213,7 +213,7 @@ def finetune(model, rows, y, tests, K, eot, layer, kind, lr, seed, epochs):
     if not K:
         torch.nn.init.constant_(head.bias, float(y.mean()))
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=lr, weight_decay=0.01)
-    batch_size, target = 32, torch.from_numpy(y).to(device)
+    batch_size, target = 32, torch.from_numpy(y if K else y.astype(np.float32)).to(device)
     steps = epochs * -(-len(rows) // batch_size)
     factor = torch.optim.lr_scheduler.LambdaLR(optimizer,
                                                lambda s: min((s + 1) / (0.06 * steps + 1), 1 - s / steps))

@@ -65,19 +65,15 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make `folder`, and let one process at a time work in it; the others wait.
-    A killed one leaves no lock.
+    """Make `folder`, and let one process at a time work in it; the others wait. A killed one leaves no lock.
+
+    Where the system or the file system has no locks (Windows, some network drives), there is none.
     """
     os.makedirs(folder, exist_ok=True)
-    if fcntl is None:                       # Windows
+    with open(f"{folder}.lock", "a") as file:
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)                # and with it the lock
 
 # -----------------------------------------------------------------------------
 # Reading

@@ -99,9 +99,6 @@ def parse_args(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
-    if not hasattr(torch.optim, "Muon"):
-        parser.error(f"torch {torch.__version__} is too old, 2.9 or newer is needed: "
-                     "pip install -r requirements.txt")
     try:
         if args.resume:
             saved = read_checkpoint(args.out_dir)[1]["train"]
@@ -120,6 +117,9 @@ def parse_args(argv=None):
 
 def complete(args):
     """Settle the device and what the preset sets, in place. Raises ValueError as check_args does."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"torch {torch.__version__} is too old, 2.9 or newer is needed: "
+                         "pip install -r requirements.txt")
     args.device = pick_device(args.device)
     if args.preset == "auto":
         args.preset = "small" if args.device.startswith("cuda") else "tiny"

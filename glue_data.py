@@ -278,7 +278,7 @@ def stdlib_pair(files):
         pairs = [(pair, number) for _, number, texts in members for pair in texts]
         pairs = [pairs[i] for i in sorted(rng.permutation(len(pairs))[:2000])]          # still in file order
         n = len(pairs)
-        largest = np.bincount([number for _, number in pairs]).max() if n else 0    # shifted so far: another file
+        largest = np.bincount([number for _, number in pairs]).max() if n else 0    # so far is another file
         shift = int(rng.integers(largest, max(largest, n - largest) + 1))
         for i, ((first, second), number) in enumerate(pairs):
             foreign = pairs[(i + shift) % n][0][1]

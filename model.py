@@ -16,6 +16,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 
@@ -265,7 +266,7 @@ def peak_flops(device):
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
              "L4": 121e12, "A10G": 70e12, "4090": 165e12, "3090": 71e12}
-    return next((peak for key, peak in peaks.items() if key in name), None)
+    return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def pick_device(device="auto"):
@@ -294,7 +295,6 @@ def pick_dtype(dtype="auto", device="cpu"):
     return torch.bfloat16 if native else torch.float32
 
 
-
 def reuse_memory():
     """Let this process keep freed memory for its next step (Linux with glibc; elsewhere nothing happens).
 
@@ -304,7 +304,7 @@ def reuse_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)                                          # M_MMAP_MAX: no buffer of its own mapping
-        mallopt(-1, 2**31 - 1)                                  # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: give nothing back
 
 # -----------------------------------------------------------------------------
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are

@@ -2,7 +2,7 @@
 Tokenizers: GPT-2's vocabulary, bytes, or byte-pair encoding trained here. Each is a tiktoken encoding.
 
     encoding = load_tokenizer("data/stdlib")            # or a checkpoint's folder, e.g. "out/vlm"
-    encoding.encode_ordinary("def f(x):")               # ids; encoding.n_vocab of them, the last is end-of-text
+    encoding.encode_ordinary("def f(x):")               # ids, below encoding.n_vocab; the last is end-of-text
 """
 import heapq
 import json

@@ -120,6 +120,12 @@ def test_json_and_compare_as_a_user_runs_them(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json"]
 
 
+def test_other_flags_do_not_compare():
+    bench.check_same({"n_layer": 1, "seed": 0}, {"n_layer": 1, "seed": 1})
+    with pytest.raises(ValueError, match="n_layer 2"):
+        bench.check_same({"n_layer": 2}, {"n_layer": 1})
+
+
 @pytest.mark.parametrize("flags", [["--repeats", "0"], ["--compare", "nowhere.json"], ["--n_embd", "17"],
                                    ["--batch_tokens", "65"], ["--vocab_size", "0"], ["--device", "cuda:77"]])
 def test_bad_flags_are_one_line(flags, capsys):

@@ -67,6 +67,9 @@ def test_a_small_run_of_all_scripts_goes_on_where_it_stopped(tmp_path):
     assert ([line.split()[1] for line in again.stdout.splitlines() if line.startswith("python")]
             == ["eval_glue.py"])
     assert again.stdout.split("\n\n", 1)[1] == first.stdout.split("\n\n", 1)[1], "the table is another"
-    failing = subprocess.run([*command, "--objectives", "vlm", "--train", "--n_head 3"], cwd=tmp_path,
-                             capture_output=True, text=True, env=environment)
+    changed = subprocess.run([*command, "--max_iters", "4"], cwd=tmp_path, capture_output=True, text=True,
+                             env=environment)
+    assert changed.returncode == 2 and "other flags" in changed.stderr
+    wrong = ["--out_dir", "out/b", "--train", "--dataset toy --n_head 3"]
+    failing = subprocess.run([*command, *wrong], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert failing.returncode == 2 and failing.stderr.startswith("error: ") and "n_head" in failing.stderr

@@ -5,7 +5,7 @@ against the exact matrices, by a chi-square test.
 import math
 import subprocess
 import sys
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np

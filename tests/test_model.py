@@ -264,15 +264,26 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch):
         return peak_memory(lambda: CrossEntropy.apply(hidden, weight, targets, weights, vocab_size), "cpu")
     assert peak(100) < 2000 * 4096 * 4 / 5 < 2000 * 4096 * 4 < peak(2000)
 
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reuse_memory is for Linux with glibc")
 def test_reuse_memory_saves_the_page_faults_of_large_buffers():
     """Buffers of 64 MiB are 16,384 pages each, if the kernel gives them anew. The first few of any kind are."""
-    code = ("import model, resource, torch\n{}\nfaults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "for _ in range(15): torch.ones(2 ** 24)\nbefore = faults()\n"
-            "for _ in range(5): torch.ones(2 ** 24)\nprint(faults() - before)")
+    code = """
+import model, resource, torch
+{}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(15):
+    torch.ones(2 ** 24)
+before = faults()
+for _ in range(5):
+    torch.ones(2 ** 24)
+print(faults() - before)
+"""
     root = os.path.dirname(model_file.__file__)
-    without, kept = (int(subprocess.check_output([sys.executable, "-c", code.format(call)], cwd=root, text=True))
-                     for call in ("", "model.reuse_memory()"))
+    without, kept = (
+        int(subprocess.check_output([sys.executable, "-c", code.format(call)], cwd=root, text=True))
+        for call in ("", "model.reuse_memory()"))
     assert kept < 500 and kept < without / 10
 
 # -----------------------------------------------------------------------------
