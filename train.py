@@ -293,7 +293,7 @@ def train(args):
 def loop(args, model, fast, optimizers, make, validate, first, step_flops):
     """Update; at their intervals log, validate, save. `fast` is `model`, compiled or not."""
     rank, world = rank_and_world()
-    wrapped = torch.nn.parallel.DistributedDataParallel(fast, broadcast_buffers=False) if world > 1 else fast
+    wrapped = torch.nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
     signals = [0]                           # Ctrl-C and SIGTERM: save, then exit
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))

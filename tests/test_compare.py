@@ -71,5 +71,6 @@ def test_a_small_run_of_all_scripts_goes_on_where_it_stopped(tmp_path):
                              env=environment)
     assert changed.returncode == 2 and "other flags" in changed.stderr
     wrong = ["--out_dir", "out/b", "--train", "--dataset toy --n_head 3"]
-    failing = subprocess.run([*command, *wrong], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    failing = subprocess.run([*command, *wrong], cwd=tmp_path, capture_output=True, text=True,
+                             env=environment)
     assert failing.returncode == 2 and failing.stderr.startswith("error: ") and "n_head" in failing.stderr

@@ -267,7 +267,7 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reuse_memory is for Linux with glibc")
 def test_reuse_memory_saves_the_page_faults_of_large_buffers():
-    """Buffers of 64 MiB are 16,384 pages each, if the kernel gives them anew. The first few of any kind are."""
+    """Buffers of 64 MiB are 16,384 pages each, if the kernel gives them anew. The first few always are."""
     code = """
 import model, resource, torch
 {}
