@@ -307,7 +307,7 @@ def test_run_as_a_script(work):
     done = subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:]],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "batch" in done.stderr                                            # the progress bar
+    assert done.stderr == ""                                    # the progress bar is for terminals only
     lines = done.stdout.splitlines()
     assert "dar: of the next 2, scored as if it were the next one" in lines[0]
     assert "masks up to block_size" in lines[1]
@@ -481,3 +481,9 @@ def test_bad_downloads_are_refused_in_one_line(work, serve, capsys, what):
     if what in names:
         assert "leads out of its folder" in err
     assert not [p for p in set(work.rglob("*")) - before if p.suffix == ".raw"]
+
+
+def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    list(eval_ppl.progress(range(3)))
+    assert "0/3" in capsys.readouterr().err
