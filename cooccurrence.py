@@ -17,7 +17,6 @@ out of some twenty settings, because the ordering is clean there; where the clai
 """
 import argparse
 import glob
-import importlib.util
 import math
 import os
 import re
@@ -538,8 +537,10 @@ def main(argv=None):
         if args.text and len(set(tokens(args.text))) < 20:
             raise ValueError(f"{args.text} has fewer than 20 different words, too few for a spectrum")
         if args.plot:                                                       # fail before the work
-            if not importlib.util.find_spec("matplotlib"):
-                raise ValueError("--plot needs matplotlib: pip install matplotlib")
+            try:
+                import matplotlib                                           # noqa: F401
+            except ImportError:
+                raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
             open(args.plot, "ab").close()
         results = {}
         for number, (title, part) in enumerate(PARTS.items(), 1):
