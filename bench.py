@@ -327,7 +327,10 @@ def run(args):
     for part in args.parts:
         if part == "step":
             shards = [np.random.default_rng(0).integers(args.vocab_size, size=2 ** 21).astype(np.uint32)]
-            r = {name: bench_step(args, name, shards, ceiling[str(dtype)[6:]]) for name in names}
+            r = {}
+            for name in names:
+                print(f"measuring {name} ...", flush=True)
+                r[name] = bench_step(args, name, shards, ceiling[str(dtype)[6:]])
             print(step_table(r), flush=True)
         elif part == "prepare":
             r = bench_prepare(args)

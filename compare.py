@@ -117,12 +117,12 @@ def claims(results):
 
     names = list(next(iter(next(iter(results.values())).values())))
     for name in [n for n in names if "perplexity" not in n and "embeddings" not in n]:
-        for a, b in [("dar", "ar"), ("mlm", "ar"), ("vlm", "ar")]:
+        for a, b in [(o, "ar") for o in results if o != "ar"]:
             x, y = paired(a, b, name)
             if len(x):
                 lines.append(f"{a} - {b} | {name}, points | {cell(x - y)}")
     for name in [n for n in names if n.startswith("perplexity")]:
-        for a, b, other in [("mlm", "ar", None), ("vlm", "ar", None), ("vlm", "mlm", None),
+        for a, b, other in [*((o, "ar", None) for o in results if o != "ar"), ("vlm", "mlm", None),
                             ("vlm", "mlm", f"{name}, suffix matched")]:
             x, y = paired(a, b, name, other)
             if len(x):
@@ -130,7 +130,7 @@ def claims(results):
                 ratio = x / y
                 lines.append(f"{label} | {name} | {ratio.mean():.2f} [{ratio.min():.2f}, {ratio.max():.2f}]")
     head = ["objectives | measurement | mean [least, greatest]", "---|---|---"]
-    return "\n".join(f"| {line} |" for line in [*head, *lines])
+    return "\n".join(f"| {line} |" for line in [*head, *lines]) if lines else ""
 
 # -----------------------------------------------------------------------------
 # Command line

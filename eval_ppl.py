@@ -346,13 +346,17 @@ def check(args, loaded):
         raise ValueError("samples, batch_size and prompt_lengths must be at least 1, max_windows at least 0")
     if args.plot and (args.method != "left-to-right" or not importlib.util.find_spec("matplotlib")):
         raise ValueError("--plot needs --method left-to-right and matplotlib (pip install matplotlib)")
-    for checkpoint, model, _ in loaded:
+    for checkpoint, model, config in loaded:
         if model.config.causal and args.method != "left-to-right":
             raise ValueError(f"{checkpoint} is causal, it cannot fill masks: --method {args.method} "
                              "does not apply")
         if max([1, *(args.prompt_lengths or [])]) >= model.config.block_size:
             raise ValueError(f"{checkpoint}: prompt and next token must fit into block_size "
                              f"{model.config.block_size}")
+        objective = config["train"].get("objective")
+        if args.suffix == "matched" and not model.config.causal and objective not in ("mlm", "vlm"):
+            raise ValueError(f"{checkpoint}: how many masks {objective} saw in training is not known to "
+                             "--suffix matched; take full or one")
     datasets = {config["train"].get("dataset") for *_, config in loaded}
     if args.val and (len(datasets) > 1 or None in datasets):
         raise ValueError("--val needs checkpoints that were trained on one and the same dataset; "

@@ -84,7 +84,11 @@ def load_data(args):
 
 def make_options(args, vocab_size):
     """The flags an objective may depend on, as objectives.Options."""
-    given = {field.name: getattr(args, field.name) for field in fields(Options) if field.name != "vocab_size"}
+    names = [field.name for field in fields(Options) if field.name != "vocab_size"]
+    missing = [name for name in names if not hasattr(args, name)]
+    if missing:
+        raise DataError(f"objectives.Options has {', '.join(missing)}, but flags.py no flag of that name")
+    given = {name: getattr(args, name) for name in names}
     return Options(vocab_size=vocab_size, **given)
 
 
@@ -330,6 +334,7 @@ def loop(args, model, fast, optimizers, make, validate, first, step_flops):
         if peak:
             line["mfu"] = len(pending) * step_flops / seconds / peak
         if validates:
+            bar.set_postfix_str("validating")
             line["val_loss"] = validate()
             say(f"step {done}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}")
         bar.set_postfix_str(f"loss {line['train_loss']:.3f}, {rate:.0f} tokens/s"

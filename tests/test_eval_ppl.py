@@ -487,3 +487,12 @@ def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     list(eval_ppl.progress(range(3)))
     assert "0/3" in capsys.readouterr().err
+
+
+def test_matched_suffix_is_refused_for_an_objective_whose_masks_are_not_known(work, capsys):
+    config = json.loads((work / "out/mlm/config.json").read_text())
+    config["train"]["objective"] = "mine"
+    (work / "out/mlm/config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as stop:
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--suffix", "matched"])
+    assert stop.value.code == 2 and "mine" in capsys.readouterr().err

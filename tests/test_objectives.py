@@ -363,9 +363,10 @@ def test_bert_corruption_is_80_10_10(name):
     # a random token is the original one in 1 of 4 cases, and never the mask token
     assert_uniform(n, np.array([0.8, 0.075, 0.125]) * mask.sum(),
                    "bert: [masked, replaced, unchanged] is not 80/10/10")
-    away = (seen - true)[(seen != 4) & (seen != true)] % 4
-    assert_uniform(np.bincount(away, minlength=4)[1:], len(away) / 3,
-                   "bert: random tokens are not uniform over the text")
+    random = (seen != 4) & (seen != true)
+    pairs = np.bincount(seen[random] * 4 + true[random], minlength=16).reshape(4, 4)[~np.eye(4, dtype=bool)]
+    assert_uniform(pairs, random.sum() / 12,                    # 12 pairs of different (random, original)
+                   "bert: random tokens are not uniform over the vocabulary, whatever the original")
 
 # -----------------------------------------------------------------------------
 # Normalisation: on a toy whose likelihood can be enumerated
