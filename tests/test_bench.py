@@ -107,6 +107,7 @@ def test_comparison_is_new_over_old():
         bench.comparison({}, new)
 
 
+@pytest.mark.slow
 def test_json_and_compare_as_a_user_runs_them(tmp_path):
     command = [sys.executable, str(ROOT / "bench.py"), *SMALL, "--objective", "vlm", "--json", "b.json"]
     first = subprocess.run([*command, "--parts", "step", "score", "sample"], cwd=tmp_path,

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import compare
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +47,7 @@ def test_claims_are_differences_of_runs_with_the_same_seed():
     assert not any("embeddings" in measurement for _, measurement in said)
 
 
+@pytest.mark.slow
 def test_a_small_run_of_all_scripts_goes_on_where_it_stopped(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text("\n".join(f"line {i * j % 97} of file {i}" for j in range(40)))

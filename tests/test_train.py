@@ -108,12 +108,14 @@ def test_vlm_with_a_single_ratio_is_mlm(runs):
 
 
 @pytest.mark.parametrize("objective", ["dar", "vlm"])
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_run(runs, objective):
     flags = ("--objective", objective, "--optimizer", "adamw")
     assert_same(runs(*flags), runs(*flags, "--batch_size", "2", "--eval_iters", "4"), 2e-5)
 
 
 @pytest.mark.parametrize("objective", ["dar", "vlm"])
+@pytest.mark.slow
 def test_two_processes_are_one(runs, data_dir, tmp_path, objective):
     port = 20000 + os.getpid() % 20000
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
@@ -122,6 +124,7 @@ def test_two_processes_are_one(runs, data_dir, tmp_path, objective):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(runs, data_dir, tmp_path, optimizer):
     """kill -9 after the checkpoint of step 10, resume:
     the same log and the same weights as without the kill.
@@ -144,6 +147,7 @@ def test_killed_and_resumed_is_bit_identical(runs, data_dir, tmp_path, optimizer
     assert_same(undisturbed, (log_of(out_dir), weights_of(out_dir)))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_continues(runs, data_dir, tmp_path):
     flags = ("--objective", "ar", "--max_iters", "60")
     out_dir = tmp_path / "out"
@@ -213,6 +217,7 @@ def test_resume_refuses_another_model(data_dir, tmp_path):
     assert "cannot change n_layer" in err
 
 
+@pytest.mark.slow
 def test_a_compiler_that_does_not_work_is_one_line_and_the_run_goes_on(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
