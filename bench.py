@@ -33,7 +33,7 @@ import torch
 import data
 import flags
 from documents import pieces, stdlib_files
-from eval_ppl import left_to_right_masked
+from eval_ppl import left_to_right_masked, standard_lengths
 from files import one_line_errors, write_json
 from model import Config, Transformer, flops, pick_dtype, reuse_memory
 from objectives import CAUSAL, OBJECTIVES
@@ -157,9 +157,9 @@ def bench_step(args, objective, shards, ceiling):
 
     torch.compiler.reset()              # else the shapes of the objective before make this one's dynamic
     fast = compiled(model, batches[0]) if pick_compile(args, needed) else model
-    steps = {"step": partial(update, fast, list(make_optimizers(model, args)), batches, args, 0)}
+    steps = {"step": partial(update, fast, make_optimizers(model, args), batches, args, 0)}
     if not args.no_plain:
-        steps["plain"] = partial(update, partial(plain_loss, plain), list(make_optimizers(plain, args)),
+        steps["plain"] = partial(update, partial(plain_loss, plain), make_optimizers(plain, args),
                                  plain_batches, args, 0)
     for optimizer in [o for step in steps.values() for o in step.args[1]]:
         for group in optimizer.param_groups:
@@ -204,7 +204,7 @@ def bench_prepare(args):
 def bench_score(args):
     """Left-to-right scoring of a masked model against plain forward passes over as many tokens."""
     model, T = build(args, False, args.vocab_size).eval(), args.block_size
-    lengths = sorted({*(2 ** i for i in range(T.bit_length()) if 2 ** i < T), T - 1})
+    lengths = standard_lengths(T)
     x = torch.randint(args.vocab_size, (32, T), device=args.device)
     prompts = np.tile(lengths, (len(x), 1))                                         # (n, K)
     rows = x.repeat(len(lengths), 1).split(64)

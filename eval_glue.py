@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from files import one_line_errors, write_json
 from glue_data import GLUE, METRICS, STDLIB, bootstrap, load_task
-from model import Transformer, load_checkpoint, pick_device, pick_dtype, reuse_memory
+from model import Transformer, add_device_flags, load_checkpoint, pick_device, pick_dtype, reuse_memory
 from tokenizer import load_tokenizer
 
 STRENGTHS = [10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4]              # of the L2 penalty, from strong to weak
@@ -362,10 +362,7 @@ def build_parser():
     p.add_argument("--epochs", type=int, default=3, help="--finetune: passes over the training split")
     p.add_argument("--seeds", type=int, default=3,
                    help="--finetune: runs; their median and [least, greatest] are shown")
-    p.add_argument("--device", default="auto",
-                   help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                   help="of the activations; auto: bfloat16 where the hardware has it")
+    add_device_flags(p)
     return p
 
 

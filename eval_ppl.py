@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 import tokenizer
 from files import DataError, fetch, file_sha256, one_line_errors, unzip, write_json
-from model import load_checkpoint, pick_device, pick_dtype, reuse_memory
+from model import add_device_flags, load_checkpoint, pick_device, pick_dtype, reuse_memory
 from objectives import Draw, Options, lattice, mask_batch, mask_count
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -176,6 +176,11 @@ def grid(n, samples, levels):
     return (levels * (np.arange(S) + u[:, None]) / S).astype(np.int64)
 
 
+def standard_lengths(T):
+    """Prompt lengths 1, 2, 4, ... and T - 1, a list."""
+    return sorted({*(2 ** i for i in range(T.bit_length()) if 2 ** i < T), T - 1})
+
+
 def evaluate(model, x, train, args):
     """Nats per token of every window, as {"all": (n,)} and, for left-to-right,
     {prompt length k: (n,)} as well."""
@@ -184,7 +189,7 @@ def evaluate(model, x, train, args):
         score = {"bound": partial(bound, samples=args.samples), "pseudo": pseudo,
                  "confidence": confidence}[args.method]
         return {"all": score(model, x, batch_size=args.batch_size)}
-    lengths = args.prompt_lengths or sorted({*(2 ** i for i in range(T.bit_length()) if 2 ** i < T), T - 1})
+    lengths = args.prompt_lengths or standard_lengths(T)
     if model.config.causal:
         loss = left_to_right_causal(model, x, args.batch_size)                          # (n, T-1)
         return {"all": loss.mean(axis=1), **{k: loss[:, k - 1] for k in lengths}}
@@ -333,10 +338,7 @@ def build_parser():
                    help="draw perplexity by prompt length")
     p.add_argument("--batch_size", type=int, default=64,
                    help="sequences per forward pass; does not change the result")
-    p.add_argument("--device", default="auto",
-                   help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="float32",
-                   help="of the activations; auto is bfloat16 where the hardware has it: faster, less exact")
+    add_device_flags(p, dtype="float32")
     return p
 
 

@@ -11,7 +11,7 @@ import torch
 
 import data
 import objectives
-from model import pick_device, read_checkpoint
+from model import add_device_flags, pick_device, read_checkpoint
 from objectives import CHOICES, OBJECTIVES
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
@@ -76,10 +76,7 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--resume", action="store_true",
                    help="continue the run in out_dir with its own flags (given ones replace them)")
     p.add_argument("--overwrite", action="store_true", help="replace a run that is already in out_dir")
-    p.add_argument("--device", default="auto",
-                   help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                   help="of the activations; auto is bfloat16 where the hardware has it")
+    add_device_flags(p)
     p.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                    help="torch.compile; auto: on GPUs, and on CPUs when the run is long enough to pay for it")
     return p

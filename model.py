@@ -269,6 +269,15 @@ def peak_flops(device):
     return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
 
 
+def add_device_flags(parser, dtype="auto"):
+    """Give an argparse parser the flags --device and --dtype, for pick_device and pick_dtype below."""
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default=dtype,
+                        help="of the activations; auto is bfloat16 where the hardware has it: faster, "
+                             "less exact")
+
+
 def pick_device(device="auto"):
     """The device to use; "auto" takes a GPU if there is one. Raises ValueError for one that is not there."""
     if device == "auto":

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from files import one_line_errors
-from model import load_checkpoint, pick_device, pick_dtype
+from model import add_device_flags, load_checkpoint, pick_device, pick_dtype
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -158,8 +158,7 @@ def build_parser():
                    help="masked models: fill from the left, or where the model is surest first")
     p.add_argument("--steps", type=int, help="masked models: forward passes (default: one per token)")
     p.add_argument("--seed", type=int, default=0, help="of the draws")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="float32", help="of the model")
+    add_device_flags(p, dtype="float32")
     return p
 
 
