@@ -10,17 +10,20 @@ How fast is each objective, and how far is that from what this machine can do?
 Takes every flag of train.py and measures the training step that it would run, on random tokens. The ceilings
 are measured in the same process: large matrix products in the dtypes used, and copying memory. Beside each
 step stands the plain version of the same model, float32, eager, logits at every position, in turns with it
-(with the same optimizer and the same memory setting, model.reuse_memory, which plain PyTorch does not have).
+and with the same optimizer, in a process of its own: model.reuse_memory, which it does without, is for all of
+a process.
 Operations are counted for the work that is needed (model.flops), so redundant work lowers the percentage.
 Times are medians over repeats, of the step with its quartiles in brackets; the device is waited for after
 every step, which training does not do. "data ms" is the time to make a step's batch, which training hides.
 """
 import copy
 import json
+import multiprocessing
 import os
 import platform
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -54,10 +57,14 @@ def clock(device):
 def seconds(functions, repeats, device="cpu", warmup=3):
     """{name: (repeats,) seconds} of functions {name: f}, called in turns:
     what else the machine does hits all.
+
+    Of several, each is called twice in its turn, and the second call counts: the caches are its own again.
     """
     out = {name: [] for name in functions}
     for _ in range(warmup + repeats):
         for name, f in functions.items():
+            if len(functions) > 1:
+                f()
             start = clock(device)
             f()
             out[name].append(clock(device) - start)
@@ -136,44 +143,68 @@ def build(args, causal, vocab_size):
     return model
 
 
-def bench_step(args, objective, shards, ceiling):
-    """One training step of an objective, as train.py runs it and plain."""
-    args = copy.copy(args)
-    args.objective = objective
+def make_step(args, shards, plain=False):
+    """One training step of args.objective, as train.py runs it or plain: {"step": a function, "load": one
+    that makes its batches, "scored": positions, "needed": floating-point operations, "compiled": bool}.
+    """
     options = make_options(args, args.vocab_size)
-    model = build(args, objective in CAUSAL, args.vocab_size)
-    plain = copy.deepcopy(model)
-    plain.dtype = torch.float32
+    model = build(args, args.objective in CAUSAL, args.vocab_size)
     sequences = range(args.batch_tokens // args.block_size)
     cuts = [sequences[i:i + args.batch_size] for i in sequences[::args.batch_size]]
 
     def load():
         return [to_device(get_batch(shards, options, args.seed, 0, cut), args.device) for cut in cuts]
 
-    batches = load()
-    plain_batches = [every_position(batch, batch[0].numel()) for batch in batches]
+    batches, loss = load(), model
     scored = sum(int((weights > 0).sum()) for *_, weights in batches)
     needed = flops(model.config, len(sequences), args.block_size, scored)
-
     torch.compiler.reset()              # else the shapes of the objective before make this one's dynamic
-    fast = compiled(model, batches[0]) if pick_compile(args, needed) else model
-    steps = {"step": partial(update, fast, make_optimizers(model, args), batches, args, 0)}
+    if plain:
+        model.dtype = torch.float32
+        batches, loss = [every_position(b, b[0].numel()) for b in batches], partial(plain_loss, model)
+    elif pick_compile(args, needed):
+        loss = compiled(model, batches[0])
+    optimizers = make_optimizers(model, args)
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["peak_lr"] = 0.0          # the weights stay, so every repeat is the same work
+    return {"step": partial(update, loss, optimizers, batches, args, 0), "load": load, "scored": scored,
+            "needed": needed, "compiled": loss is not model}
+
+
+PLAIN = {}                              # the plain step, in its own process
+
+def start_plain(args, shards):
+    PLAIN.update(make_step(args, shards, plain=True), device=args.device)
+
+
+def plain_step():
+    PLAIN["step"]()
+    clock(PLAIN["device"])
+
+
+def plain_memory():
+    return peak_memory(PLAIN["step"], PLAIN["device"])
+
+
+def bench_step(args, objective, shards, ceiling, other):
+    """One training step of an objective, as train.py runs it and plain. other: an executor of one process."""
+    args = copy.copy(args)
+    args.objective = objective
+    ours = make_step(args, shards)
+    steps = {"step": ours["step"]}
     if not args.no_plain:
-        steps["plain"] = partial(update, partial(plain_loss, plain), make_optimizers(plain, args),
-                                 plain_batches, args, 0)
-    for optimizer in [o for step in steps.values() for o in step.args[1]]:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = 0.0      # the weights stay, so every repeat is the same work
+        other.submit(start_plain, args, shards).result()
+        steps["plain"] = lambda: other.submit(plain_step).result()
     times = seconds(steps, args.repeats, args.device)
-    result = median(times["step"])
+    result, needed = median(times["step"]), ours["needed"]
     rate = args.batch_tokens / result["ms"] * 1e3
     result |= {"tokens_per_second": rate, "flops_per_second": needed / result["ms"] * 1e3,
                "of_ceiling": needed / result["ms"] * 1e3 / ceiling, "floor_ms": needed / ceiling * 1e3,
-               "scored": scored, "peak_memory": peak_memory(steps["step"], args.device),
-               "load_ms": median(seconds({"load": load}, args.repeats, args.device)["load"])["ms"],
-               "compiled": fast is not model}
+               "scored": ours["scored"], "peak_memory": peak_memory(ours["step"], args.device),
+               "load_ms": median(seconds({"load": ours["load"]}, args.repeats, args.device)["load"])["ms"],
+               "compiled": ours["compiled"]}
     if not args.no_plain:
-        result["plain"] = median(times["plain"]) | {"peak_memory": peak_memory(steps["plain"], args.device)}
+        result["plain"] = median(times["plain"]) | {"peak_memory": other.submit(plain_memory).result()}
         result["times_plain"] = result["plain"]["ms"] / result["ms"]
     return result
 
@@ -328,9 +359,10 @@ def run(args):
         if part == "step":
             shards = [np.random.default_rng(0).integers(args.vocab_size, size=2 ** 21).astype(np.uint32)]
             r = {}
-            for name in names:
-                print(f"measuring {name} ...", flush=True)
-                r[name] = bench_step(args, name, shards, ceiling[str(dtype)[6:]])
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+                for name in names:
+                    print(f"measuring {name} ...", flush=True)
+                    r[name] = bench_step(args, name, shards, ceiling[str(dtype)[6:]], other)
             print(step_table(r), flush=True)
         elif part == "prepare":
             r = bench_prepare(args)
