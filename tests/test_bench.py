@@ -94,6 +94,16 @@ def test_plain_version_has_the_same_loss_and_gradient(objective):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_the_plain_step_is_float32_eager_and_scores_every_position():
+    args = bench.build_parser().parse_args([*SMALL, "--dtype", "bfloat16", "--compile", "on"])
+    args.objective, args.overwrite = "mlm", True
+    bench.flags.complete(args)
+    step = bench.make_step(args, [np.arange(100)], plain=True)["step"]
+    loss, _, batches, *_ = step.args
+    assert loss.func is bench.plain_loss and loss.args[0].dtype == torch.float32
+    assert [batch[1].tolist() for batch in batches] == [list(range(32))] * 2
+
+
 def test_every_number_follows_from_the_times(quick, capsys):
     result = bench.run(bench.build_parser().parse_args(["--parts", "step", *SMALL]))
     steps = result["parts"]["step"]

@@ -1,10 +1,14 @@
 """
 Every command, file and flag that the README names exists:
-commands are parsed by the scripts' own parsers.
+commands are parsed by the scripts' own parsers. And the patch that it applies does what it says.
 """
 import importlib
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +51,31 @@ def test_flags_named_in_prose_exist():
                   | {f"--{n}" for n in re.findall(r'\("([a-z_]+)", "', path.read_text())})
     foreign = {"--help", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     assert set(re.findall(r"(?<!-)--[a-z_]+", README)) - foreign <= known
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_patch_makes_nanogpts_model(tmp_path):
+    """results/nanogpt.patch applies to model.py, and what comes out computes what GPT-2 does, without biases."""
+    shutil.copy(ROOT / "model.py", tmp_path)
+    subprocess.run(["git", "apply", str(ROOT / "results" / "nanogpt.patch")], cwd=tmp_path, check=True)
+    code = """
+import torch, torch.nn.functional as F
+from model import Config, Transformer
+model = Transformer(Config(100, 8, 2, 2, 16, causal=True)).double()
+model.dtype = torch.float64
+p, ids = dict(model.named_parameters()), torch.randint(100, (3, 6))
+ln = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+x = p["wte.weight"][ids] + p["wpe.weight"][:6]
+for i in range(2):
+    q, k, v = [t.view(3, 6, 2, 8).transpose(1, 2)
+               for t in (ln(x) @ p[f"blocks.{i}.attn.c_attn.weight"].T).split(16, dim=-1)]
+    scores = (q @ k.transpose(2, 3) / 8 ** .5).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(3, 6, 16)
+    x = x + y @ p[f"blocks.{i}.attn.c_proj.weight"].T
+    x = x + F.gelu(ln(x) @ p[f"blocks.{i}.mlp.c_fc.weight"].T) @ p[f"blocks.{i}.mlp.c_proj.weight"].T
+torch.testing.assert_close(model.features(ids), ln(x))
+assert abs(p["wpe.weight"].std() - 0.02) < 5e-3 and p["blocks.0.mlp.c_proj.weight"].std() < 0.015
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
