@@ -174,7 +174,16 @@ def make_step(args, shards, plain=False):
 PLAIN = {}                              # the plain step, in its own process
 
 def start_plain(args, shards):
-    PLAIN.update(make_step(args, shards, plain=True), device=args.device)
+    """Whether the plain step fits into the memory."""
+    PLAIN.clear()
+    try:
+        PLAIN.update(make_step(args, shards, plain=True), device=args.device)
+        plain_step()
+        return True
+    except torch.OutOfMemoryError:
+        PLAIN.clear()
+    torch.cuda.empty_cache()
+    return False
 
 
 def plain_step():
@@ -192,8 +201,7 @@ def bench_step(args, objective, shards, ceiling, other):
     args.objective = objective
     ours = make_step(args, shards)
     steps = {"step": ours["step"]}
-    if not args.no_plain:
-        other.submit(start_plain, args, shards).result()
+    if not args.no_plain and other.submit(start_plain, args, shards).result():
         steps["plain"] = lambda: other.submit(plain_step).result()
     times = seconds(steps, args.repeats, args.device)
     result, needed = median(times["step"]), ours["needed"]
@@ -203,7 +211,7 @@ def bench_step(args, objective, shards, ceiling, other):
                "scored": ours["scored"], "peak_memory": peak_memory(ours["step"], args.device),
                "load_ms": median(seconds({"load": ours["load"]}, args.repeats, args.device)["load"])["ms"],
                "compiled": ours["compiled"]}
-    if not args.no_plain:
+    if "plain" in steps:
         result["plain"] = median(times["plain"]) | {"peak_memory": other.submit(plain_memory).result()}
         result["times_plain"] = result["plain"]["ms"] / result["ms"]
     return result

@@ -294,6 +294,7 @@ def run(args, command):
     if min(args.epochs, args.seeds) < 1 or args.max_train < 0 or 0 < args.max_train < 20:
         raise ValueError("epochs and seeds must be at least 1, max_train 0 (all) or at least 20")
     device = pick_device(args.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)         # it would plan anew for each of hundreds of shapes
     loaded = [(c, *load_checkpoint(c, device), load_tokenizer(c)) for c in args.checkpoint]
     for checkpoint, model, *_ in loaded:
         if not 0 <= (args.layer or 0) <= model.config.n_layer:

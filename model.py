@@ -279,9 +279,14 @@ def add_device_flags(parser, dtype="auto"):
 
 
 def pick_device(device="auto"):
-    """The device to use; "auto" takes a GPU if there is one. Raises ValueError for one that is not there."""
+    """The device to use; "auto" takes a GPU if there is one, and every process of torchrun its own.
+
+    Raises ValueError for a device that is not there.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"             # before anything is put on the first GPU
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

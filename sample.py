@@ -34,7 +34,7 @@ def draw(logits, temperature=1.0, top_k=None, generator=None):
     """
     greedy = temperature < 1e-6                             # 0, or too small to divide by
     k = 1 if greedy else min(top_k or logits.size(1), logits.size(1))
-    values, ids = logits.cpu().topk(k)                      # (N, k), likeliest first; host-device sync
+    values, ids = (x.cpu() for x in logits.topk(k))         # (N, k), likeliest first; host-device sync
     probs = (values / (1.0 if greedy else temperature)).softmax(dim=-1)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 

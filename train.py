@@ -45,10 +45,9 @@ VAL_SEED = 2407_00935       # validation windows and masks are the same for ever
 # Processes: one, or several under torchrun
 
 def start_processes(args):
-    """Join the other processes, if torchrun started any, and take this one's GPU."""
+    """Join the other processes, if torchrun started any."""
     if "RANK" in os.environ:
         if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
 

@@ -104,6 +104,17 @@ def test_the_plain_step_is_float32_eager_and_scores_every_position():
     assert [batch[1].tolist() for batch in batches] == [list(range(32))] * 2
 
 
+def test_a_plain_step_that_does_not_fit_is_left_out(monkeypatch):
+    def make_step(*rest, **named):
+        raise torch.OutOfMemoryError("a GPU of another size")
+
+    monkeypatch.setattr(bench, "make_step", make_step)
+    assert bench.start_plain(None, None) is False and bench.PLAIN == {}
+    numbers = {"ms": 1.0, "quartiles": [1.0, 1.0], "tokens_per_second": 1.0, "flops_per_second": 1.0,
+               "of_ceiling": 1.0, "floor_ms": 1.0, "peak_memory": 0, "load_ms": 0.0}
+    assert bench.step_table({"ar": numbers}).split()[-3:] == ["-", "-", "-"]
+
+
 def test_every_number_follows_from_the_times(quick, capsys):
     result = bench.run(bench.build_parser().parse_args(["--parts", "step", *SMALL]))
     steps = result["parts"]["step"]

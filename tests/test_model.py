@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from bench import peak_memory
-from model import (Config, CrossEntropy, Transformer, attend, flops, load_checkpoint, num_params,
+from model import (Config, CrossEntropy, Transformer, attend, flops, load_checkpoint, num_params, pick_device,
                    save_checkpoint, save_config)
 
 
@@ -400,3 +400,13 @@ def test_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch)
     loaded, config = load_checkpoint(tmp_path)
     assert config["step"] == 1, "a save that was interrupted replaced the checkpoint"
     assert torch.equal(loaded.wte.weight, old.wte.weight)
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda", "cuda:0"])
+def test_every_process_of_torchrun_touches_its_own_gpu_only(asked, monkeypatch):
+    touched = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: touched.append(device))
+    assert pick_device(asked) == "cuda:3" and touched == ["cuda:3"]
+    assert pick_device("cpu") == "cpu"
