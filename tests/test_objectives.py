@@ -73,60 +73,6 @@ class FixedDraw:
         return self.numbers
 
 # -----------------------------------------------------------------------------
-# What holds for all objectives
-
-@pytest.mark.parametrize("name,kwargs", ALL)
-def test_shapes_and_types(name, kwargs):
-    o = options(name, **kwargs)
-    batch = make(o, tokens(o, 5), Draw(1, 2, range(5)))
-    N = len(batch.positions)
-    K = o.lookahead if kwargs.get("dar_estimator") == "expectation" else 1
-    assert batch.inputs.shape == (5, 16), "inputs must be (B, T)"
-    assert batch.targets.shape == (N, K) and batch.weights.shape == (N,)
-    assert batch.weights.dtype == np.float32 and batch.positions.dtype == np.int64
-    assert batch.inputs.dtype == np.int64 and batch.targets.dtype == np.int64
-    assert 0 <= batch.positions.min() and batch.positions.max() < 5 * 16, \
-        "positions index the flattened (B*T) batch"
-    assert len(set(batch.positions.tolist())) == N, "a position is scored twice"
-    assert 0 <= batch.targets.min() and batch.targets.max() < o.vocab_size, \
-        "a target must be text, never the mask token"
-
-
-@pytest.mark.parametrize("name,kwargs", ALL)
-def test_does_not_change_the_windows(name, kwargs):
-    o = options(name, **kwargs)
-    x = tokens(o, 4)
-    before = x.copy()
-    OBJECTIVES[name](x, Draw(1, 2, range(4)), o)
-    assert np.array_equal(x, before), "the objective writes into the token windows it was given"
-
-
-@pytest.mark.parametrize("name,kwargs", ALL)
-def test_does_not_depend_on_how_the_batch_is_cut(name, kwargs):
-    o = options(name, **kwargs)
-    x = tokens(o, 8)
-    whole = make(o, x, Draw(1, 2, range(8)))
-    for cut in (1, 3, 4):
-        first, second = make(o, x[:cut], Draw(1, 2, range(cut))), make(o, x[cut:], Draw(1, 2, range(cut, 8)))
-        message = f"inputs or scored positions change when the batch of 8 is cut after {cut}"
-        assert np.array_equal(whole.inputs, np.concatenate((first.inputs, second.inputs))), message
-        moved = {(row + cut, k): v for (row, k), v in scored(second, 16).items()}
-        assert scored(whole, 16) == scored(first, 16) | moved, message
-
-
-@pytest.mark.parametrize("name,kwargs", ALL[1:2] + MASKED)
-def test_pure_function_of_seed_step_index(name, kwargs):
-    o = options(name, **kwargs)
-    x = np.repeat(np.arange(window_size(o))[None], 3, axis=0)               # three equal rows
-    batch = make(o, x, Draw(1, 2, range(3)))
-    assert same(batch, make(o, x, Draw(1, 2, range(3)))), \
-        "the same (seed, step, index) must give the same batch"
-    assert not same(batch, make(o, x, Draw(1, 3, range(3)))), "another step must draw other numbers"
-    assert not same(batch, make(o, x, Draw(2, 2, range(3)))), "another seed must draw other numbers"
-    rows = [{k: v for (r, k), v in scored(batch, 16).items() if r == row} for row in range(3)]
-    assert rows[0] != rows[1] != rows[2], "every sequence of a batch needs its own random numbers"
-
-# -----------------------------------------------------------------------------
 # Autoregressive objectives
 
 def test_ar_predicts_the_next_token():
@@ -367,6 +313,60 @@ def test_bert_corruption_is_80_10_10(name):
     pairs = np.bincount(seen[random] * 4 + true[random], minlength=16).reshape(4, 4)[~np.eye(4, dtype=bool)]
     assert_uniform(pairs, random.sum() / 12,                    # 12 pairs of different (random, original)
                    "bert: random tokens are not uniform over the vocabulary, whatever the original")
+
+# -----------------------------------------------------------------------------
+# What holds for all objectives
+
+@pytest.mark.parametrize("name,kwargs", ALL)
+def test_shapes_and_types(name, kwargs):
+    o = options(name, **kwargs)
+    batch = make(o, tokens(o, 5), Draw(1, 2, range(5)))
+    N = len(batch.positions)
+    K = o.lookahead if kwargs.get("dar_estimator") == "expectation" else 1
+    assert batch.inputs.shape == (5, 16), "inputs must be (B, T)"
+    assert batch.targets.shape == (N, K) and batch.weights.shape == (N,)
+    assert batch.weights.dtype == np.float32 and batch.positions.dtype == np.int64
+    assert batch.inputs.dtype == np.int64 and batch.targets.dtype == np.int64
+    assert 0 <= batch.positions.min() and batch.positions.max() < 5 * 16, \
+        "positions index the flattened (B*T) batch"
+    assert len(set(batch.positions.tolist())) == N, "a position is scored twice"
+    assert 0 <= batch.targets.min() and batch.targets.max() < o.vocab_size, \
+        "a target must be text, never the mask token"
+
+
+@pytest.mark.parametrize("name,kwargs", ALL)
+def test_does_not_change_the_windows(name, kwargs):
+    o = options(name, **kwargs)
+    x = tokens(o, 4)
+    before = x.copy()
+    OBJECTIVES[name](x, Draw(1, 2, range(4)), o)
+    assert np.array_equal(x, before), "the objective writes into the token windows it was given"
+
+
+@pytest.mark.parametrize("name,kwargs", ALL)
+def test_does_not_depend_on_how_the_batch_is_cut(name, kwargs):
+    o = options(name, **kwargs)
+    x = tokens(o, 8)
+    whole = make(o, x, Draw(1, 2, range(8)))
+    for cut in (1, 3, 4):
+        first, second = make(o, x[:cut], Draw(1, 2, range(cut))), make(o, x[cut:], Draw(1, 2, range(cut, 8)))
+        message = f"inputs or scored positions change when the batch of 8 is cut after {cut}"
+        assert np.array_equal(whole.inputs, np.concatenate((first.inputs, second.inputs))), message
+        moved = {(row + cut, k): v for (row, k), v in scored(second, 16).items()}
+        assert scored(whole, 16) == scored(first, 16) | moved, message
+
+
+@pytest.mark.parametrize("name,kwargs", ALL[1:2] + MASKED)
+def test_pure_function_of_seed_step_index(name, kwargs):
+    o = options(name, **kwargs)
+    x = np.repeat(np.arange(window_size(o))[None], 3, axis=0)               # three equal rows
+    batch = make(o, x, Draw(1, 2, range(3)))
+    assert same(batch, make(o, x, Draw(1, 2, range(3)))), \
+        "the same (seed, step, index) must give the same batch"
+    assert not same(batch, make(o, x, Draw(1, 3, range(3)))), "another step must draw other numbers"
+    assert not same(batch, make(o, x, Draw(2, 2, range(3)))), "another seed must draw other numbers"
+    rows = [{k: v for (r, k), v in scored(batch, 16).items() if r == row} for row in range(3)]
+    assert rows[0] != rows[1] != rows[2], "every sequence of a batch needs its own random numbers"
 
 # -----------------------------------------------------------------------------
 # Normalisation: on a toy whose likelihood can be enumerated
