@@ -11,7 +11,7 @@ Takes every flag of train.py and measures the training step that it would run, o
 are measured in the same process: large matrix products in the dtypes used, and copying memory. Beside each
 step stands the plain version of the same model, float32, eager, logits at every position, in turns with it
 and with the same optimizer, in a process of its own: model.reuse_memory, which it does without, is for all of
-a process.
+a process. It is left out where it does not fit into a GPU's memory.
 Operations are counted for the work that is needed (model.flops), so redundant work lowers the percentage.
 Times are medians over repeats, of the step with its quartiles in brackets; the device is waited for after
 every step, which training does not do. "data ms" is the time to make a step's batch, which training hides.
