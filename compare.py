@@ -46,7 +46,7 @@ def report(command, folder):
 
 def call(command, args):
     """Run one of our scripts; raises ValueError with what it said if it fails."""
-    print(f"python {shlex.join(command)}\n", end="", flush=True)             # whole lines, whatever runs beside
+    print(f"python {shlex.join(command)}\n", end="", flush=True)     # a whole line at once
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True,
                           text=True, env={"OMP_NUM_THREADS": threads, **os.environ})

@@ -53,9 +53,10 @@ def test_flags_named_in_prose_exist():
     assert set(re.findall(r"(?<!-)--[a-z_]+", README)) - foreign <= known
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_the_patch_makes_nanogpts_model(tmp_path):
-    """results/nanogpt.patch applies to model.py, and what comes out computes what GPT-2 does, without biases."""
+    """results/nanogpt.patch applies, and what comes out computes what GPT-2 does, without biases."""
     shutil.copy(ROOT / "model.py", tmp_path)
     subprocess.run(["git", "apply", str(ROOT / "results" / "nanogpt.patch")], cwd=tmp_path, check=True)
     code = """
