@@ -158,11 +158,11 @@ def make_step(args, shards, plain=False):
     batches, loss = load(), model
     scored = sum(int((weights > 0).sum()) for *_, weights in batches)
     needed = flops(model.config, len(sequences), args.block_size, scored)
-    torch.compiler.reset()              # else the shapes of the objective before make this one's dynamic
     if plain:
         model.dtype = torch.float32
         batches, loss = [every_position(b, b[0].numel()) for b in batches], partial(plain_loss, model)
     elif pick_compile(args, needed):
+        torch.compiler.reset()          # else the shapes of the objective before make this one's dynamic
         loss = compiled(model, batches[0])
     optimizers = make_optimizers(model, args)
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:

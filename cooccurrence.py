@@ -27,7 +27,7 @@ if __name__ == "__main__":                          # small matrices: threads wo
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
 
-from files import one_line_errors
+from files import has_matplotlib, one_line_errors
 
 # -----------------------------------------------------------------------------
 # The language, and objectives as lists of (visible positions S, target position j, probability)
@@ -537,10 +537,8 @@ def main(argv=None):
         if args.text and len(set(tokens(args.text))) < 20:
             raise ValueError(f"{args.text} has fewer than 20 different words, too few for a spectrum")
         if args.plot:                                                       # fail before the work
-            try:
-                import matplotlib                                           # noqa: F401
-            except ImportError:
-                raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+            if not has_matplotlib():
+                raise ValueError("--plot needs matplotlib: pip install matplotlib")
             open(args.plot, "ab").close()
         results = {}
         for number, (title, part) in enumerate(PARTS.items(), 1):

@@ -19,7 +19,6 @@ vocabularies compare bits per byte or word perplexity. All numbers go to CHECKPO
 TEXT is wikitext-2, val or FILE's name without its ending, METHOD may end in -one or -matched.
 """
 import argparse
-import importlib.util
 import math
 import shlex
 import sys
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import tokenizer
-from files import DataError, fetch, file_sha256, one_line_errors, unzip, write_json
+from files import DataError, fetch, file_sha256, has_matplotlib, one_line_errors, unzip, write_json
 from model import add_device_flags, load_checkpoint, pick_device, pick_dtype, reuse_memory
 from objectives import Draw, Options, lattice, mask_batch, mask_count
 
@@ -346,7 +345,7 @@ def check(args, loaded):
     """Raises ValueError, one line, for what cannot be evaluated. loaded: [(checkpoint, model, config)]."""
     if min([args.samples, args.batch_size, *(args.prompt_lengths or [])]) < 1 or (args.max_windows or 0) < 0:
         raise ValueError("samples, batch_size and prompt_lengths must be at least 1, max_windows at least 0")
-    if args.plot and (args.method != "left-to-right" or not importlib.util.find_spec("matplotlib")):
+    if args.plot and (args.method != "left-to-right" or not has_matplotlib()):
         raise ValueError("--plot needs --method left-to-right and matplotlib (pip install matplotlib)")
     for checkpoint, model, config in loaded:
         if model.config.causal and args.method != "left-to-right":

@@ -42,6 +42,15 @@ def one_line_errors(*kinds):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
+
+def has_matplotlib():
+    """Whether matplotlib, which only --plot needs, is there and can be imported."""
+    try:
+        import matplotlib                                                   # noqa: F401
+    except ImportError:
+        return False
+    return True
+
 # -----------------------------------------------------------------------------
 # Writing: a file gets its name when it is complete and on the disk
 

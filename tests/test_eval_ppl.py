@@ -401,7 +401,7 @@ def test_plot(work, capsys):
 
 
 def test_plot_without_matplotlib_is_refused_before_the_work(work, capsys, monkeypatch):
-    monkeypatch.setattr(eval_ppl.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                    # importing it raises ImportError
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--plot", "p.png"])
     assert "pip install matplotlib" in capsys.readouterr().err
