@@ -22,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import one_line_errors, write_json
-from model import read_checkpoint
+from common import one_line_errors, read_checkpoint, write_json
 from objectives import OBJECTIVES
 
 HERE = Path(__file__).parent

@@ -27,7 +27,7 @@ if __name__ == "__main__":                          # small matrices: threads wo
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
 
-from files import has_matplotlib, one_line_errors
+from common import has_matplotlib, one_line_errors
 
 # -----------------------------------------------------------------------------
 # The language, and objectives as lists of (visible positions S, target position j, probability)

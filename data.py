@@ -1,5 +1,5 @@
 """
-Documents -> tokens -> memory-mapped shards -> windows. numpy only: nothing here needs torch.
+Documents -> tokens -> memory-mapped shards -> windows.
 
     python data.py                                          # this Python's standard library, no download
     python data.py --dataset pile --shards 0 1              # downloads two of the Pile's 30 parts
@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from documents import PIECE, STDLIB, pieces, sample
-from files import DataError, close_on_disk, fetch, file_sha256, locked, one_line_errors, write_json
+from common import DataError, close_on_disk, fetch, file_sha256, locked, one_line_errors, write_json
 from tokenizer import build_encoding, make_tokenizer, save_tokenizer
 
 DATA_DIR = "data"

@@ -18,7 +18,7 @@ import sysconfig
 import zlib
 from pathlib import Path
 
-from files import DataError
+from common import DataError
 
 if sys.version_info >= (3, 14):
     from compression import zstd

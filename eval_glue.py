@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from files import one_line_errors, write_json
+from common import (add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype, reuse_memory,
+                    write_json)
 from glue_data import GLUE, METRICS, STDLIB, bootstrap, load_task
-from model import Transformer, add_device_flags, load_checkpoint, pick_device, pick_dtype, reuse_memory
+from model import Transformer
 from probe import held_out, probe
 from tokenizer import load_tokenizer
 

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 import data
 import tokenizer
-from files import DataError, fetch, file_sha256, has_matplotlib, one_line_errors, unzip, write_json
-from model import add_device_flags, load_checkpoint, pick_device, pick_dtype, reuse_memory
-from objectives import Draw, Options, lattice, mask_batch, mask_count
+from common import (DataError, add_device_flags, fetch, file_sha256, has_matplotlib, load_checkpoint, one_line_errors,
+                    pick_device, pick_dtype, reuse_memory, unzip, write_json)
+from objectives import Draw, Options, mask_batch, mask_count, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
 WINDOWS = {"left-to-right": 500, "bound": 500, "pseudo": 50, "confidence": 50}
@@ -116,7 +116,9 @@ def bound(model, x, samples, batch_size):
     cuts = np.split(np.arange(len(x)), range(batch_size, len(x), batch_size))
     for rows, s in progress([(rows, s) for rows in cuts for s in range(counts.shape[1])]):
         count = counts[rows, s]                                                         # (B,)
-        batch = mask_batch(x[rows].cpu().numpy(), count, count.sum(), Draw(SEED, s, rows), options)
+        draw = Draw(SEED, s, rows)
+        masked = uniform_masks(count, draw, options)
+        batch = mask_batch(x[rows].cpu().numpy(), masked, count.sum(), draw, options)
         inputs, positions, targets = (torch.from_numpy(a).to(x.device) for a in batch[:3])
         hidden = model.features(inputs).flatten(0, 1)[positions]                        # (N, C)
         loss = nats(model, hidden, targets[:, 0])[0] * batch.weights                    # (N,), weights 1/n
@@ -171,7 +173,7 @@ def grid(n, samples, levels):
     all numbers are equally likely, every window is spread evenly, and so are the windows. S = levels: each
     exactly once."""
     S = min(samples, levels)
-    u = lattice(Draw(SEED, 0, []).offset, np.arange(n), 2 ** 24) / 2 ** 24              # (n,)
+    u = spread(Draw(SEED, 0, []).offset, np.arange(n), 2 ** 24) / 2 ** 24              # (n,)
     return (levels * (np.arange(S) + u[:, None]) / S).astype(np.int64)
 
 

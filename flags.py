@@ -11,7 +11,7 @@ import torch
 
 import data
 import objectives
-from model import add_device_flags, pick_device, read_checkpoint
+from common import add_device_flags, pick_device, read_checkpoint
 from objectives import CHOICES, OBJECTIVES
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes

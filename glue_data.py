@@ -17,7 +17,7 @@ import numpy as np
 
 from data import VAL_FRACTION
 from documents import document_is_val, stdlib_files
-from files import DataError, fetch, unzip, write_atomically
+from common import DataError, fetch, unzip, write_atomically
 
 # -----------------------------------------------------------------------------
 # Metrics of predicted, true: (n,) class numbers, or scores for the correlations. Each returns a float

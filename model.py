@@ -1,30 +1,21 @@
 """
-The one Transformer that all objectives share, causal or bidirectional by one flag,
-and its checkpoint on disk.
+The one Transformer that all objectives share, causal or bidirectional by one flag, and its loss.
 
 Bytes to loss, in the order of `Transformer.forward`: token ids -> embedding -> n_layer blocks (attention,
 MLP) -> norm -> logits at the scored positions only -> weighted cross-entropy. Pre-RMSNorm, rotary positions
 (Su et al. 2021), QK-norm (Henry et al. 2020), ReLU^2 MLP (So et al. 2021), no biases, no norm gains, tied
 embeddings: every parameter is a matrix.
 
-    from model import Transformer, Config, load_checkpoint
-    model, config = load_checkpoint("out/vlm")
+    model = Transformer(Config(n_layer=4, causal=True))     # trained ones: common.load_checkpoint("out/vlm")
     hidden = model.features(ids)                    # (B, T) int64 -> (B, T, C)
     logits = model.logits(hidden[:, -1])            # (B, C) -> (B, V) float32
 """
-import ctypes
-import json
 import math
-import os
-import re
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from files import write_atomically, write_json
 
 # -----------------------------------------------------------------------------
 # The model
@@ -257,116 +248,3 @@ def flops(config, B, T, N):
     attention = 2 * 2 * C * pairs * B                           # q k^T and the weighted sum of v
     head = 2 * C * config.padded_vocab_size * N
     return 3 * (config.n_layer * (matrices + attention) + head)
-
-
-def peak_flops(device):
-    """Dense bfloat16 FLOP/s by the data sheet,
-    or None for a device that is not listed: no utilisation, not a wrong one.
-    """
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-             "L4": 121e12, "A10G": 70e12, "4090": 165e12, "3090": 71e12}
-    return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
-
-
-def add_device_flags(parser, dtype="auto"):
-    """Give an argparse parser the flags --device and --dtype, for pick_device and pick_dtype below."""
-    parser.add_argument("--device", default="auto",
-                        help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default=dtype,
-                        help="of the activations; auto is bfloat16 where the hardware has it: faster, "
-                             "less exact")
-
-
-def pick_device(device="auto"):
-    """The device to use; "auto" takes a GPU if there is one, and every process of torchrun its own.
-
-    Raises ValueError for a device that is not there.
-    """
-    if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
-    if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"             # before anything is put on the first GPU
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def pick_dtype(dtype="auto", device="cpu"):
-    """The dtype of the activations;
-    "auto" is bfloat16 where the hardware multiplies it natively, else float32.
-    """
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.startswith("cuda"):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:                                                       # AVX512-BF16 or AMX
-        tests = [getattr(torch.cpu, name, None)
-                 for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-        native = device == "cpu" and any(test() for test in tests if test)
-    return torch.bfloat16 if native else torch.float32
-
-
-def reuse_memory():
-    """Let this process keep freed memory for its next step (Linux with glibc; elsewhere nothing happens).
-
-    By default glibc hands every large buffer back to the kernel, which zeroes it when it is asked for again:
-    15 to 30 % of a training step on a CPU (LOG.md). For scripts, at their start: it holds for the process.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)                                          # M_MMAP_MAX: no buffer of its own mapping
-        mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: give nothing back
-
-# -----------------------------------------------------------------------------
-# Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are
-
-def save_config(out_dir, config, **rest):
-    """Write out_dir/config.json: the model's sizes,
-    and what else the caller wants to be known (JSON values).
-    """
-    write_json(os.path.join(out_dir, "config.json"), {"model": asdict(config), **rest})
-
-
-def save_checkpoint(out_dir, model, optimizers, step):
-    """Write out_dir/ckpt.pt: {"model": state dict, "optimizer": [state dicts], "step": int}."""
-    state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers], "step": step}
-    write_atomically(os.path.join(out_dir, "ckpt.pt"), lambda file: torch.save(state, file))
-
-
-def read_checkpoint(out_dir, device="cpu"):
-    """The raw contents of a checkpoint folder: (state, config.json as a dict). Raises ValueError, one line.
-
-    Only tensors and plain containers are accepted: a file that would run code when unpickled is refused.
-    """
-    try:
-        with open(os.path.join(out_dir, "config.json")) as file:
-            config = json.load(file)
-        state = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location=device, weights_only=True)
-        state["model"], state["step"], config["model"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
-                         "(train one: python train.py --objective vlm)") from None
-    except Exception as error:                                  # torch.load raises many kinds
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{out_dir} holds no readable checkpoint: "
-                         f"{type(error).__name__}: {reason}") from None
-    return state, config
-
-
-def load_checkpoint(out_dir, device="cpu"):
-    """(model in eval mode, config.json as a dict with "step" added).
-
-    Raises ValueError, one line, if it is no checkpoint.
-    """
-    state, config = read_checkpoint(out_dir, device)
-    try:
-        model = Transformer(Config(**config["model"])).to(device)
-        model.load_state_dict(state["model"])
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{out_dir}: ckpt.pt and config.json do not fit: {reason}") from None
-    return model.eval(), {**config, "step": state["step"]}

@@ -1,42 +1,42 @@
 """
 The four pretraining objectives of "Look Ahead or Look Around?" (Zhang et al., ICML 2024, arXiv 2407.00935).
 
-An objective is a distribution over (context, target) pairs, and nothing else. Each function below maps
-windows of token ids to what one training step needs:
+An objective is a distribution over (context, target) pairs, and nothing else. Each function below
+maps windows of token ids to what one training step needs:
 
     inputs     (B, T)  what the model sees
-    positions  (N,)    which positions of the flattened (B*T) batch are scored
-    targets    (N, K)  what they must predict; with K > 1 the log-probabilities of the K targets are averaged
-    weights    (N,)    weight of each scored position; the step's loss is sum(weight * loss) / sum(weight)
+    positions  (N,)    which positions of the flattened (B*T) inputs are scored
+    targets    (N, K)  what they must predict; the log-probabilities of the K targets are averaged
+    weights    (N,)    weight of each scored position; the loss is sum(weight * loss) / sum(weight)
 
 Model, loss, training loop and evaluation are the same for all objectives. To add a fifth one, write a
-function and put it into OBJECTIVES at the bottom (and into CAUSAL if its attention is causal): train.py and
-the evaluations pick it up.
+function and enter it in OBJECTIVES: training, sampling, evaluation and the tests then know it.
 
-    python train.py --objective ar | dar --lookahead 2 | mlm --mask_ratio 0.15 | vlm --mask_range 0.15 1.0
-    pytest tests/test_objectives.py                 # every line below against brute force
+    python train.py --objective ar
+    python train.py --objective dar --lookahead 2
+    python train.py --objective mlm --mask_ratio 0.15
+    python train.py --objective vlm --mask_range 0.15 1.0
+    python -m pytest tests/test_objectives.py       # every objective against brute force
 """
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 
-# -----------------------------------------------------------------------------
-# Options, batch, and the randomness
 
 @dataclass
 class Options:
-    """What an objective may depend on; train.py has a flag of the same name for each."""
+    """What an objective may depend on. train.py has a flag of the same name for each."""
     objective: str = "vlm"
-    block_size: int = 128                   # T, tokens the model sees
-    vocab_size: int = 2048                  # ids that stand for text; the mask token is the next one
-    lookahead: int = 2                      # dar: t, the target is one of the next t tokens
-    dar_estimator: str = "sample"           # dar: sample | expectation
-    mask_ratio: float = 0.15                # mlm: fraction of the T positions that is masked
-    mask_range: tuple = (0.15, 1.0)         # vlm: lowest and highest fraction
-    corruption: str = "mask"                # mlm, vlm: mask | bert (80 % mask, 10 % random, 10 % unchanged)
-    normalization: str = "tokens"           # mlm, vlm: tokens | bound, see `mask_batch`
+    block_size: int = 128               # T, tokens the model sees
+    vocab_size: int = 2048              # ids that stand for text; the mask token is the next one
+    lookahead: int = 2                  # dar: t, the target is one of the next t tokens
+    dar_estimator: str = "sample"       # dar: sample | expectation
+    mask_ratio: float = 0.15            # mlm: fraction of the T positions that is masked
+    mask_range: tuple = (0.15, 1.0)     # vlm: lowest and highest fraction
+    corruption: str = "mask"            # mlm, vlm: mask | bert (80 % mask, 10 % random, 10 % unchanged)
+    normalization: str = "tokens"       # mlm, vlm: tokens | bound, see `mask_batch`
 
     @property
     def mask_token(self):
@@ -44,182 +44,242 @@ class Options:
 
 
 class Batch(NamedTuple):
-    inputs: np.ndarray                      # (B, T) int64
-    positions: np.ndarray                   # (N,) int64, into the flattened inputs
-    targets: np.ndarray                     # (N, K) int64
-    weights: np.ndarray                     # (N,) float32, 0 for an unused slot
-
-
-class Draw:
-    """Random numbers for sequences `indices` ((B,) consecutive positions in the global batch)
-    of one training step.
-
-    A pure function of (seed, step, index): a sequence gets the same numbers in whichever process or
-    micro-batch it is processed, so a run does not depend on how the batch is cut, and resuming needs no
-    random state to be saved.
-    """
-    def __init__(self, seed, step, indices):
-        def generator(index):
-            counter = np.array([0, 0, step, index], dtype=np.uint64)
-            return np.random.Generator(np.random.Philox(key=seed, counter=counter))
-        self.indices = np.asarray(indices, dtype=np.uint64)
-        self.offset = generator(2**64 - 1).integers(2**64, dtype=np.uint64)     # one for the whole step
-        self._generators = [generator(int(i)) for i in self.indices]
-
-    def per_sequence(self, n):
-        """(B, n) float64, uniform on [0, 1); the next n numbers of every sequence."""
-        return np.stack([g.random(n) for g in self._generators])
+    inputs: np.ndarray                  # (B, T) int64
+    positions: np.ndarray               # (N,) int64, into the flattened inputs
+    targets: np.ndarray                 # (N, K) int64
+    weights: np.ndarray                 # (N,) float32, 0 for an unused slot
 
 # -----------------------------------------------------------------------------
 # Look ahead: autoregressive objectives. Position k sees x[1..k].
 
-def ar(x, draw, o):
+def ar(x, draw, options):
     """Autoregressive, L = -E sum_k log P(x[k+1] | x[1..k]).
 
-    x: (B, T+1) token ids. Every position is scored.
+    x: (B, T+1) token ids. Every position is scored:
+
+        x = [[5, 6, 7, 8]]  ->  inputs [[5, 6, 7]], targets [[6], [7], [8]]
     """
-    T = o.block_size
-    return every_position(x[:, :T], x[:, 1:T + 1, None])
+    T = options.block_size
+    return score_every_position(x[:, :T], x[:, 1:T + 1, None])
 
 
-def dar(x, draw, o):
+def dar(x, draw, options):
     """Diversity-enhanced autoregressive, L = -E sum_k E_{s ~ U{1..t}} log P(x[k+s] | x[1..k]),
-    t = o.lookahead.
+    t = options.lookahead. The model is not told s.
 
-    The model is not told s. With dar_estimator "sample" one s is drawn per position; "expectation" averages
-    over all t, which has the same expected gradient and less variance. t = 1 is `ar`.
-    x: (B, T+t) token ids.
+    With dar_estimator "sample" one s is drawn per position. "expectation" averages over all t: the same
+    expected gradient with less variance. t = 1 is `ar`.
+
+    x: (B, T+t) token ids. With t = 2:
+
+        x = [[5, 6, 7, 8, 9]]  ->  inputs       [[5, 6, 7]]
+                                   sample       [[6], [8], [8]]             if s is 1, 2, 1
+                                   expectation  [[6, 7], [7, 8], [8, 9]]
     """
-    T, t = o.block_size, o.lookahead
-    ahead = np.lib.stride_tricks.sliding_window_view(x[:, 1:], t, axis=1)   # (B, T, t): x[k+1..k+t]
-    if o.dar_estimator == "sample":
-        s = (draw.per_sequence(T) * t).astype(np.int64)                     # (B, T), uniform on 0..t-1
-        ahead = np.take_along_axis(ahead, s[:, :, None], axis=2)            # (B, T, 1)
-    return every_position(x[:, :T], ahead)
+    T, t = options.block_size, options.lookahead
+
+    # Every position with the t tokens after it
+    ahead = np.lib.stride_tricks.sliding_window_view(x[:, 1:], t, axis=1)       # (B, T, t)
+
+    # Pick one of them
+    if options.dar_estimator == "sample":
+        s = (draw.per_sequence(T) * t).astype(np.int64)                         # (B, T), 0..t-1
+        ahead = np.take_along_axis(ahead, s[:, :, None], axis=2)                # (B, T, 1)
+
+    return score_every_position(x[:, :T], ahead)
 
 
-def every_position(inputs, targets):
-    """inputs (B, T), targets (B, T, K) -> a Batch in which all N = B*T positions are scored."""
+def score_every_position(inputs, targets):
+    """inputs (B, T), targets (B, T, K) -> a Batch in which all N = B*T positions have weight 1."""
     n = inputs.size
     return Batch(inputs, np.arange(n), targets.reshape(n, -1), np.ones(n, dtype=np.float32))
 
 # -----------------------------------------------------------------------------
 # Look around: masked objectives. A masked position sees every visible one.
 
-def mlm(x, draw, o):
+def mlm(x, draw, options):
     """Masked, L = -E_M sum_{j in M} log P(x[j] | x[not M]),
     M uniform among the sets of round(mask_ratio * T) positions.
+
+    x: (B, T+1) token ids, of which the first T are used; see `mask_batch` for an example.
     """
-    count = mask_count(o.mask_ratio, o.block_size)
-    return mask_batch(x, np.full(len(x), count), count * len(x), draw, o)
+    count = mask_count(options.mask_ratio, options.block_size)
+    masked = uniform_masks(np.full(len(x), count), draw, options)               # (B, T)
+    return mask_batch(x, masked, count * len(x), draw, options)
 
 
-def vlm(x, draw, o):
+def vlm(x, draw, options):
     """Variable-length masked: as mlm, but the number of masked positions |M| of every sequence is itself
     uniform on round(low * T) .. round(high * T), so that contexts of every length are seen in training.
     low = high = r is mlm.
 
-    The counts of one step are not drawn independently but follow the lattice (u + i*phi) mod 1 over the
-    sequence's index i in the global batch, phi the golden ratio, u uniform and drawn once per step. Each
-    count is still exactly uniform, and any run of consecutive sequences is evenly spread over the range: less
-    variance, and nearly the same number of masked tokens in every micro-batch.
+    Drawing every count independently would do. `spread` draws the counts of one step so that they cover
+    the range evenly: each is still uniform, and the number of masked tokens hardly varies between steps.
     """
-    low, high = (mask_count(r, o.block_size) for r in o.mask_range)
-    counts = low + lattice(draw.offset, draw.indices, high - low + 1)               # (B,)
-    return mask_batch(x, counts, most_masked(low, high, len(x)), draw, o)
+    low, high = [mask_count(ratio, options.block_size) for ratio in options.mask_range]
+    counts = low + spread(draw.offset, draw.indices, high - low + 1)            # (B,)
+    masked = uniform_masks(counts, draw, options)                               # (B, T)
+    return mask_batch(x, masked, most_masked(low, high, len(x)), draw, options)
 
 
-def mask_batch(x, counts, slots, draw, o):
-    """Mask counts[i] uniformly chosen positions of row i of x (B, >=T) and predict the original tokens there.
+def uniform_masks(counts, draw, options):
+    """Choose counts[i] of the T positions of sequence i, every set equally likely: (B, T) bool."""
+    T = options.block_size
+    rank = draw.per_sequence(T).argsort(axis=1).argsort(axis=1)     # (B, T): 0..T-1 in random order
+    return rank < counts[:, None]
 
-    The scored positions go into `slots` >= sum(counts) entries, so that shapes do not change from step to
-    step; entries beyond the masked positions have weight 0. o.normalization names what the step's loss is:
-      tokens  mean over the masked tokens of the batch: every masked token counts the same, so a sequence
-              counts in proportion to its mask ratio and long contexts (few masks) weigh little.
-      bound   mean over sequences of the mean over the sequence's masked tokens: every context length counts
-              the same. With counts uniform on 1..T this is the evidence bound of masked diffusion,
-              -log P(x) / T <= loss.
+
+def mask_batch(x, masked, slots, draw, options):
+    """Hide the masked positions of x and predict the original tokens there.
+
+    x: (B, >=T) token ids. masked: (B, T) bool, chosen in any way. slots: N, at least the number of masked
+    positions. Compiled code wants the same shapes at every step, so N is fixed and the slots that are
+    left over have weight 0. With the mask token 50 and slots = 3:
+
+        x = [[5, 6, 7, 8]], masked at 2 and 4  ->  inputs [[5, 50, 7, 50]], positions [1, 3, 0],
+                                                   targets [[6], [8], [5]], weights [1, 1, 0]
+
+    options.normalization names what the step's loss is:
+
+    tokens  The mean over the masked tokens of the batch. Every masked token counts the same, so a
+            sequence counts in proportion to its mask ratio and long contexts (few masks) weigh little.
+    bound   The mean over sequences of the mean over each sequence's masked tokens. Every context length
+            counts the same. With counts uniform on 1..T this is the evidence bound of masked diffusion,
+            -log P(x) / T <= loss.
     """
-    T = o.block_size
+    T = options.block_size
     x = x[:, :T]
-    if counts.sum() > slots:
-        raise ValueError(f"{counts.sum()} masked tokens do not fit {slots} slots: "
-                         "are the indices consecutive?")
-    rank = draw.per_sequence(T).argsort(axis=1).argsort(axis=1)     # (B, T) a random permutation a row
-    masked = rank < counts[:, None]                                 # (B, T)
-    inputs = np.where(masked, o.mask_token, x)
-    if o.corruption == "bert":
-        kind = draw.per_sequence(T)                                 # (B, T) 80 % mask, 10 % other, 10 % as is
-        other = (draw.per_sequence(T) * o.vocab_size).astype(np.int64)
-        inputs = np.where(masked & (kind >= 0.8), np.where(kind < 0.9, other, x), inputs)
-    positions = np.argsort(~masked.ravel(), kind="stable")[:slots]  # (N,) masked first, in order
-    weights = masked.ravel()[positions].astype(np.float32)          # (N,) 1 if masked, 0 if unused
-    if o.normalization == "bound":
-        weights /= counts[positions // T]
-    return Batch(inputs, positions, x.ravel()[positions, None], weights)
+    if masked.sum() > slots:
+        raise ValueError(f"{masked.sum()} masked tokens do not fit {slots} slots: "
+                         "are the sequence indices consecutive?")
 
+    # What the model sees. BERT's corruption: 80 % mask, 10 % a random token, 10 % unchanged
+    inputs = np.where(masked, options.mask_token, x)
+    if options.corruption == "bert":
+        kind = draw.per_sequence(T)                                             # (B, T)
+        other = (draw.per_sequence(T) * options.vocab_size).astype(np.int64)    # (B, T)
+        replaced = np.where(kind < 0.9, other, x)
+        inputs = np.where(masked & (kind >= 0.8), replaced, inputs)
+
+    # The masked positions, in order, then unmasked ones for the slots that are left over
+    positions = np.argsort(~masked.ravel(), kind="stable")[:slots]              # (N,)
+    targets = x.ravel()[positions, None]                                        # (N, 1)
+
+    # What each of them counts
+    weights = masked.ravel()[positions].astype(np.float32)                      # (N,), 1 or 0
+    if options.normalization == "bound":
+        counts = np.maximum(masked.sum(axis=1), 1)                              # (B,)
+        weights /= counts[positions // T]
+    return Batch(inputs, positions, targets, weights)
+
+# -----------------------------------------------------------------------------
+# The table. A new objective goes here, with all that is special about it.
+
+class Objective(NamedTuple):
+    batch: Callable                     # (x, draw, options) -> Batch
+    causal: bool                        # attention: position k sees 1..k only, or all positions
+    ahead: Callable = lambda options: 1             # how far the targets reach beyond the inputs, tokens
+    most_masks: Callable = lambda options: None     # most masks of a sequence in training; None: no masks
+
+
+OBJECTIVES = {
+    "ar": Objective(ar, causal=True),
+    "dar": Objective(dar, causal=True, ahead=lambda options: options.lookahead),
+    "mlm": Objective(mlm, causal=False,
+                     most_masks=lambda options: mask_count(options.mask_ratio, options.block_size)),
+    "vlm": Objective(vlm, causal=False,
+                     most_masks=lambda options: mask_count(options.mask_range[1], options.block_size)),
+}
+
+
+def window_size(options):
+    """Tokens per sequence: T inputs, and those beyond them that may be targets.
+
+    The masked objectives need none, but get one that they ignore: ar, mlm and vlm train on the same windows.
+    """
+    return options.block_size + OBJECTIVES[options.objective].ahead(options)
+
+
+# =============================================================================
+# Behind the scenes: counts, random numbers, checks. Not needed to understand the objectives.
+# =============================================================================
 
 def mask_count(ratio, T):
     """Number of masked positions out of T at a ratio in (0, 1]; at least one."""
     return max(1, round(ratio * T))
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)      # (sqrt(5) - 1) / 2 as a fraction of 2**64
+class Draw:
+    """Random numbers for the sequences `indices` ((B,) consecutive positions in the global batch) of one
+    training step.
 
-def lattice(offset, indices, levels):
-    """(B,) int64, floor(levels * ((u + i*phi) mod 1)) for each index i,
-    in exact 64-bit arithmetic (2**64 stands for 1).
+    A pure function of (seed, step, index): a sequence gets the same numbers in whichever process or
+    micro-batch it is processed. So a run does not depend on how the batch is cut, and resuming needs no
+    random state to be saved.
     """
-    h = np.uint64(offset) + np.asarray(indices, dtype=np.uint64) * GOLDEN           # wraps around at 2**64
-    return (((h >> np.uint64(32)) * np.uint64(levels)) >> np.uint64(32)).astype(np.int64)
+    def __init__(self, seed, step, indices):
+        def generator(index):
+            counter = np.array([0, 0, step, index], dtype=np.uint64)
+            return np.random.Generator(np.random.Philox(key=seed, counter=counter))
+
+        whole_step = generator(2**64 - 1)
+        self.indices = np.asarray(indices, dtype=np.uint64)
+        self.offset = whole_step.integers(2**64, dtype=np.uint64)       # the same for every sequence
+        self._generators = [generator(int(i)) for i in self.indices]
+
+    def per_sequence(self, n):
+        """(B, n) float64, uniform on [0, 1): the next n numbers of every sequence."""
+        return np.stack([generator.random(n) for generator in self._generators])
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)      # phi = (sqrt(5) - 1) / 2, as a fraction of 2**64
+
+def spread(offset, indices, levels):
+    """(B,) int64 in 0 .. levels-1: floor(levels * ((u + i*phi) mod 1)) for each index i.
+
+    A lattice: u is uniform, so each number is, and the golden ratio phi spreads any run of consecutive
+    indices evenly over the levels. Exact 64-bit arithmetic, in which 2**64 stands for 1.
+
+    offset: u, one for the whole step. indices: (B,), i, positions in the global batch.
+    """
+    indices = np.asarray(indices, dtype=np.uint64)
+    point = np.uint64(offset) + indices * GOLDEN                        # (B,), wraps around at 2**64
+    return (((point >> np.uint64(32)) * np.uint64(levels)) >> np.uint64(32)).astype(np.int64)
 
 
 @lru_cache
 def most_masked(low, high, n):
-    """The largest number of masked tokens that n consecutive sequences of a vlm step can have,
-    over every offset u.
+    """The largest number of masked tokens that n consecutive sequences of a vlm step can have, over
+    every offset u.
 
-    Exact: as u grows, the sum of the counts grows too until some sequence's lattice point passes 1 and drops
-    to 0, so the maximum lies just before one of these n wraps. Try them all; starting at a later sequence
-    only shifts u.
+    As u grows, the sum of the counts grows too, until some sequence's lattice point passes 1 and drops to
+    0. So the maximum lies just before one of these n wraps: try them all. (Starting at a later sequence
+    only shifts u.)
     """
     i = np.arange(n, dtype=np.uint64)
-    just_before_wrap = np.uint64(2**64 - 1) - i * GOLDEN
-    return n * low + max(int(lattice(u, i, high - low + 1).sum()) for u in just_before_wrap)
-
-# -----------------------------------------------------------------------------
-# The table. A new objective goes here.
-
-OBJECTIVES = {"ar": ar, "dar": dar, "mlm": mlm, "vlm": vlm}
-CAUSAL = {"ar", "dar"}                      # attention is causal for these, bidirectional for the others
-
-
-def window_size(o):
-    """Tokens an objective needs per sequence: T for the inputs,
-    and those after the last position that may be targets.
-
-    One more for all but dar (the masked objectives ignore it),
-    so that ar, mlm and vlm train on the very same windows.
-    """
-    return o.block_size + (o.lookahead if o.objective == "dar" else 1)
+    just_before_wrap = np.uint64(2**64 - 1) - i * GOLDEN                # (n,) offsets
+    sums = [int(spread(u, i, high - low + 1).sum()) for u in just_before_wrap]
+    return n * low + max(sums)
 
 
 CHOICES = {"dar_estimator": ("sample", "expectation"), "corruption": ("mask", "bert"),
            "normalization": ("tokens", "bound")}
 
 
-def check(o):
+def check(options):
     """Raises ValueError, one line, if the options make no sense."""
-    low, high = o.mask_range
-    if o.objective not in OBJECTIVES:
-        raise ValueError(f"objective {o.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    if options.objective not in OBJECTIVES:
+        raise ValueError(f"objective {options.objective!r} is not one of {', '.join(OBJECTIVES)}")
     for name in ("block_size", "lookahead"):
-        if getattr(o, name) < 1 or getattr(o, name) != int(getattr(o, name)):
-            raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(o, name)}")
+        value = getattr(options, name)
+        if value < 1 or value != int(value):
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value}")
     for name, choices in CHOICES.items():
-        if getattr(o, name) not in choices:
-            raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(o, name)!r}")
-    if not 0 < o.mask_ratio <= 1:
-        raise ValueError(f"mask_ratio must be in (0, 1], not {o.mask_ratio}")
+        if getattr(options, name) not in choices:
+            raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(options, name)!r}")
+
+    low, high = options.mask_range
+    if not 0 < options.mask_ratio <= 1:
+        raise ValueError(f"mask_ratio must be in (0, 1], not {options.mask_ratio}")
     if not 0 < low <= high <= 1:
         raise ValueError(f"mask_range must be 0 < LOW <= HIGH <= 1, not {low} {high}")

@@ -19,8 +19,7 @@ from functools import partial
 
 import torch
 
-from files import one_line_errors
-from model import add_device_flags, load_checkpoint, pick_device, pick_dtype
+from common import add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import regex                    # comes with tiktoken, whose pattern syntax it h
 import tiktoken
 from tqdm import tqdm
 
-from files import DataError, write_json
+from common import DataError, write_json
 
 # Tokens never cross words, which are those of GPT-2.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

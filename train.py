@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 import data
 import objectives
-from files import DataError, one_line_errors, write_atomically
+from common import (DataError, one_line_errors, peak_flops, pick_dtype, read_checkpoint, reuse_memory, save_checkpoint,
+                    save_config, write_atomically)
 from flags import parse_args
-from model import (Config, Transformer, flops, num_params, peak_flops, pick_dtype, read_checkpoint,
-                   reuse_memory, save_checkpoint, save_config)
-from objectives import CAUSAL, OBJECTIVES, Draw, Options
+from model import Config, Transformer, flops, num_params
+from objectives import OBJECTIVES, Draw, Options
 from sample import generate
 from tokenizer import load_tokenizer
 
@@ -97,7 +97,7 @@ def get_batch(shards, options, seed, step, indices):
     """
     draw = Draw(seed, step, indices)
     x = data.windows(shards, objectives.window_size(options), draw.per_sequence(1)[:, 0])   # (B, T + extra)
-    return OBJECTIVES[options.objective](x, draw, options)
+    return OBJECTIVES[options.objective].batch(x, draw, options)
 
 
 def to_device(batch, device):
@@ -257,7 +257,7 @@ def train(args):
         data.check_window(shards[split], objectives.window_size(options))
 
     torch.manual_seed(args.seed)
-    causal = args.objective in CAUSAL
+    causal = OBJECTIVES[args.objective].causal
     config = Config(meta["vocab_size"], args.block_size, args.n_layer, args.n_head, args.n_embd, causal)
     model = Transformer(config).to(args.device)
     model.dtype = pick_dtype(args.dtype, args.device)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import bench
+from dev import bench
 from model import Config, Transformer, flops
 from objectives import OBJECTIVES, Draw, Options
 from train import to_device
@@ -80,9 +80,9 @@ def test_peak_memory_of_known_allocations(sizes):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_plain_version_has_the_same_loss_and_gradient(objective):
     options = Options(objective=objective, block_size=16, vocab_size=50, dar_estimator="expectation")
-    model = Transformer(Config(50, 16, 2, 2, 16, causal=objective in bench.CAUSAL))
+    model = Transformer(Config(50, 16, 2, 2, 16, causal=OBJECTIVES[objective].causal))
     x = np.random.default_rng(0).integers(50, size=(4, 18))
-    batch = to_device(OBJECTIVES[objective](x, Draw(0, 0, range(4)), options), "cpu")
+    batch = to_device(OBJECTIVES[objective].batch(x, Draw(0, 0, range(4)), options), "cpu")
     every = bench.every_position(batch, 64)
     assert every[1].tolist() == list(range(64)) and every[3].sum() == batch[3].sum()
     for p in model.parameters():
@@ -121,7 +121,7 @@ def test_every_number_follows_from_the_times(quick, capsys):
     assert list(steps) == list(OBJECTIVES)
     for name, r in steps.items():
         seconds = r["ms"] / 1e3
-        config = Config(100, 16, 1, 2, 16, causal=name in bench.CAUSAL)
+        config = Config(100, 16, 1, 2, 16, causal=OBJECTIVES[name].causal)
         needed = flops(config, 4, 16, r["scored"])
         assert r["tokens_per_second"] == pytest.approx(64 / seconds)
         assert (r["of_ceiling"] == pytest.approx(needed / seconds / 1e9)
@@ -145,7 +145,7 @@ def test_comparison_is_new_over_old():
 
 @pytest.mark.slow
 def test_json_and_compare_as_a_user_runs_them(tmp_path):
-    command = [sys.executable, str(ROOT / "bench.py"), *SMALL, "--objective", "vlm", "--json", "b.json"]
+    command = [sys.executable, str(ROOT / "dev" / "bench.py"), *SMALL, "--objective", "vlm", "--json", "b.json"]
     first = subprocess.run([*command, "--parts", "step", "score", "sample"], cwd=tmp_path,
                            capture_output=True, text=True)
     assert first.returncode == 0, first.stderr

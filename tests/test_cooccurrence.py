@@ -128,14 +128,14 @@ def draw_pairs(o, P, count, seed):
     n, V, T = P.ndim, P.shape[0], o.block_size
     index = rng.choice(P.size, size=count, p=P.ravel())
     x = np.stack(np.unravel_index(index, P.shape), axis=1)[:, :objectives.window_size(o)]
-    batch = objectives.OBJECTIVES[o.objective](x, objectives.Draw(seed, 0, range(count)), o)
+    batch = objectives.OBJECTIVES[o.objective].batch(x, objectives.Draw(seed, 0, range(count)), o)
     weights, targets = np.zeros(count * T), np.zeros(count * T, dtype=int)
     weights[batch.positions], targets[batch.positions] = batch.weights, batch.targets[:, 0]
     position = rng.integers(T, size=count)
     chosen = np.arange(count) * T + position
     inputs = np.full((count, n), V)
     inputs[:, :T] = batch.inputs
-    if o.objective in objectives.CAUSAL:
+    if objectives.OBJECTIVES[o.objective].causal:
         inputs[np.arange(n) > position[:, None]] = V
     kept = rng.random(count) < weights[chosen]
     return inputs[kept], targets[chosen][kept]

@@ -21,7 +21,7 @@ import data
 import documents
 import tokenizer as tokenization
 from documents import zstd
-from files import DataError
+from common import DataError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -650,10 +650,9 @@ def test_memory_is_bounded(tmp_path):
     assert int(out.split()[-1]) < 500                           # MiB
 
 
-def test_every_flag_has_help_and_nothing_needs_torch():
+def test_every_flag_has_help():
     assert all(action.help for action in data.build_parser()._actions)
-    for code in (["-c", "import sys, data; assert 'torch' not in sys.modules"], ["data.py", "--help"]):
-        subprocess.run([sys.executable, *code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "data.py", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_two_processes_at_once_make_one_dataset(tmp_path):

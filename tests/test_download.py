@@ -1,5 +1,5 @@
 """
-files.fetch and the Pile's preparation against a local HTTP server. CPU, no network.
+common.fetch and the Pile's preparation against a local HTTP server. CPU, no network.
 
     pytest tests/test_download.py
 """
@@ -13,9 +13,9 @@ import threading
 import pytest
 
 import data
-import files
+import common
 from documents import zstd
-from files import DataError
+from common import DataError
 
 CONTENT = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -61,10 +61,10 @@ def server():
 @pytest.mark.parametrize("how", ["good", "norange", "nolength"])
 def test_download(server, tmp_path, how):
     path = tmp_path / "file"
-    files.fetch(f"{server.url}/{how}/file", path, sha256=SHA256, size=len(CONTENT))
+    common.fetch(f"{server.url}/{how}/file", path, sha256=SHA256, size=len(CONTENT))
     assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
     assert server.log[0][1] is None and "Python" not in server.log[0][2]    # WikiText's host refuses Python
-    files.fetch(f"{server.url}/{how}/file", path)                                # it is there: no request
+    common.fetch(f"{server.url}/{how}/file", path)                                # it is there: no request
     assert len(server.log) == 1
 
 
@@ -72,7 +72,7 @@ def test_download(server, tmp_path, how):
 def test_goes_on_where_it_broke_off(server, tmp_path, how, goes_on):
     """The beginning is marked: it is kept if the server can go on, and replaced if it sends everything."""
     (tmp_path / "file.part").write_bytes(b"mark" + CONTENT[4:1_000_001])
-    files.fetch(f"{server.url}/{how}/file", tmp_path / "file")
+    common.fetch(f"{server.url}/{how}/file", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == (b"mark" if goes_on else CONTENT[:4]) + CONTENT[4:]
     assert [log[1] for log in server.log] == ["bytes=1000001-"]
 
@@ -81,33 +81,33 @@ def test_goes_on_where_it_broke_off(server, tmp_path, how, goes_on):
 def test_broken_line(server, tmp_path, size):
     path, url = tmp_path / "file", f"{server.url}/broken/file"
     with pytest.raises(DataError, match="broke off at 1700000 of 3000000 bytes|IncompleteRead"):
-        files.fetch(url, path, size=size)
+        common.fetch(url, path, size=size)
     assert not path.exists() and (tmp_path / "file.part").read_bytes() == CONTENT[:1_700_000]
-    files.fetch(url, path, sha256=SHA256)
+    common.fetch(url, path, sha256=SHA256)
     assert path.read_bytes() == CONTENT and [log[1] for log in server.log] == [None, "bytes=1700000-"]
 
 
 def test_broken_line_is_seen_without_a_length_if_the_size_is_known(server, tmp_path):
     with pytest.raises(DataError, match="broke off at 3000000 of 3000001 bytes"):
-        files.fetch(f"{server.url}/nolength/file", tmp_path / "file", size=3_000_001)
+        common.fetch(f"{server.url}/nolength/file", tmp_path / "file", size=3_000_001)
 
 
 @pytest.mark.parametrize("extra", [0, 9])
 def test_part_that_is_complete_or_too_long_is_fetched_anew(server, tmp_path, extra):
     (tmp_path / "file.part").write_bytes(bytes(len(CONTENT) + extra))
-    files.fetch(f"{server.url}/good/file", tmp_path / "file")
+    common.fetch(f"{server.url}/good/file", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT and len(server.log) == 2
 
 
 @pytest.mark.parametrize("expected", [dict(sha256="0" * 64), dict(size=len(CONTENT) - 1)])
 def test_another_file(server, tmp_path, expected):
     with pytest.raises(DataError, match="not the expected file"):
-        files.fetch(f"{server.url}/good/file", tmp_path / "file", **expected)
+        common.fetch(f"{server.url}/good/file", tmp_path / "file", **expected)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_empty_file(server, tmp_path):
-    files.fetch(f"{server.url}/good/empty", tmp_path / "file", sha256=hashlib.sha256().hexdigest())
+    common.fetch(f"{server.url}/good/empty", tmp_path / "file", sha256=hashlib.sha256().hexdigest())
     assert (tmp_path / "file").read_bytes() == b""
 
 
@@ -116,7 +116,7 @@ def test_empty_file(server, tmp_path):
 def test_http_errors(server, tmp_path, how, message):
     (tmp_path / "file.part").write_bytes(CONTENT[:99])
     with pytest.raises(DataError, match=f"/{how}/file: {message}") as error:
-        files.fetch(f"{server.url}/{how}/file", tmp_path / "file")
+        common.fetch(f"{server.url}/{how}/file", tmp_path / "file")
     assert "\n" not in str(error.value) and (tmp_path / "file.part").read_bytes() == CONTENT[:99]
 
 
@@ -126,7 +126,7 @@ def test_no_server(tmp_path):
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
     for url, message in [(url, "refused"), ("nonsense", "unknown url"), ("http://127.0.0.1:x/", "port")]:
         with pytest.raises(DataError, match=message) as error:
-            files.fetch(url, tmp_path / "file")
+            common.fetch(url, tmp_path / "file")
         assert url in str(error.value) and "\n" not in str(error.value)
 
 # -----------------------------------------------------------------------------

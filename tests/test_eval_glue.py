@@ -19,9 +19,9 @@ import documents
 import tokenizer
 import eval_glue
 import glue_data
-from files import DataError, unzip
+from common import DataError, save_checkpoint, save_config, unzip
 from glue_data import GLUE, f1, matthews, pearson, ranks, read_tsv, spearman
-from model import Config, Transformer, save_checkpoint, save_config
+from model import Config, Transformer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "glue"

@@ -23,7 +23,8 @@ import torch
 import data
 import tokenizer
 import eval_ppl
-from model import Config, Transformer, save_checkpoint, save_config
+from common import save_checkpoint, save_config
+from model import Config, Transformer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MASKED = {"objective": "mlm", "mask_ratio": 0.4, "mask_range": [0.15, 1.0]}

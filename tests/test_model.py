@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from bench import peak_memory
-from model import (Config, CrossEntropy, Transformer, attend, flops, load_checkpoint, num_params, pick_device,
-                   save_checkpoint, save_config)
+from dev.bench import peak_memory
+from common import load_checkpoint, pick_device, save_checkpoint, save_config
+from model import Config, CrossEntropy, Transformer, attend, flops, num_params
 
 
 def make(causal, seed=0, **kwargs):
@@ -269,7 +269,7 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch):
 def test_reuse_memory_saves_the_page_faults_of_large_buffers():
     """Buffers of 64 MiB are 16,384 pages each, if the kernel gives them anew. The first few always are."""
     code = """
-import model, resource, torch
+import common, resource, torch
 {}
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -283,7 +283,7 @@ print(faults() - before)
     root = os.path.dirname(model_file.__file__)
     without, kept = (
         int(subprocess.check_output([sys.executable, "-c", code.format(call)], cwd=root, text=True))
-        for call in ("", "model.reuse_memory()"))
+        for call in ("", "common.reuse_memory()"))
     assert kept < 500 and kept < without / 10
 
 # -----------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch)
     def breaks(state, file, *args, **kwargs):
         file.write(b"half a checkpoint")
         raise KeyboardInterrupt
-    monkeypatch.setattr(model_file.torch, "save", breaks)
+    monkeypatch.setattr(torch, "save", breaks)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, make(False, seed=9), [], 2)
     monkeypatch.undo()

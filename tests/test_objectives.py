@@ -17,7 +17,7 @@ import torch
 
 import objectives
 from model import Config, Transformer
-from objectives import GOLDEN, OBJECTIVES, Batch, Draw, Options, check, lattice, most_masked, window_size
+from objectives import GOLDEN, OBJECTIVES, Batch, Draw, Options, check, spread, most_masked, window_size
 
 MASKED = [("mlm", {}), ("vlm", {}), ("mlm", {"corruption": "bert"}), ("vlm", {"normalization": "bound"})]
 ALL = [("ar", {}), ("dar", {"lookahead": 3}), ("dar", {"lookahead": 3, "dar_estimator": "expectation"}),
@@ -33,7 +33,7 @@ def tokens(o, B, seed=0):
 
 
 def make(o, x, draw):
-    return OBJECTIVES[o.objective](x.copy(), draw, o)
+    return OBJECTIVES[o.objective].batch(x.copy(), draw, o)
 
 
 def assert_uniform(observed, expected, what):
@@ -257,7 +257,7 @@ def test_lattice_is_the_golden_ratio_in_exact_arithmetic():
     for levels in (1, 2, 110, 1025):
         offset, i = rng.integers(2**64, dtype=np.uint64), rng.integers(2**40, size=300)
         expected = [(int(offset) + int(k) * int(GOLDEN)) % 2**64 * levels >> 64 for k in i]
-        assert lattice(offset, i, levels).tolist() == expected
+        assert spread(offset, i, levels).tolist() == expected
 
 
 @pytest.mark.parametrize("low,high", [(1, 1), (3, 8), (1, 9), (2, 16)])
@@ -273,9 +273,9 @@ def test_most_masked_is_exact(low, high, n):
             for j in i:
                 for shift in (-2**33, -1, 0, 2**33):
                     offset = (k * 2**64 // levels + shift - int(j) * int(GOLDEN)) % 2**64
-                    worst = max(worst, n * low + int(lattice(offset, i, levels).sum()))
+                    worst = max(worst, n * low + int(spread(offset, i, levels).sum()))
         for offset in np.random.default_rng(n).integers(2**64, size=50, dtype=np.uint64):
-            worst = max(worst, n * low + int(lattice(offset, i, levels).sum()))
+            worst = max(worst, n * low + int(spread(offset, i, levels).sum()))
     assert worst <= most_masked(low, high, n), "most_masked is exceeded: masked tokens would be lost"
     assert worst == most_masked(low, high, n), "most_masked is not attained: slots are wasted at every step"
 
@@ -339,7 +339,7 @@ def test_does_not_change_the_windows(name, kwargs):
     o = options(name, **kwargs)
     x = tokens(o, 4)
     before = x.copy()
-    OBJECTIVES[name](x, Draw(1, 2, range(4)), o)
+    OBJECTIVES[name].batch(x, Draw(1, 2, range(4)), o)
     assert np.array_equal(x, before), "the objective writes into the token windows it was given"
 
 
@@ -392,7 +392,8 @@ def all_masks(x, normalization):
     o = options("vlm", block_size=3, vocab_size=2, normalization=normalization)
     rows = np.repeat(np.array([x]), len(counts), axis=0)
     draw = FixedDraw(np.array(orders) / 3 + 0.1)
-    return objectives.mask_batch(rows, np.array(counts), sum(counts) + 2, draw, o)
+    masked = objectives.uniform_masks(np.array(counts), draw, o)
+    return objectives.mask_batch(rows, masked, sum(counts) + 2, draw, o)
 
 
 def any_order_nll(nll, x):

@@ -14,7 +14,8 @@ import torch
 
 import tokenizer
 import sample
-from model import Config, Transformer, load_checkpoint, save_checkpoint, save_config
+from common import load_checkpoint, save_checkpoint, save_config
+from model import Config, Transformer
 from sample import draw, fill, generate, infill_ids
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

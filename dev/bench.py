@@ -1,11 +1,11 @@
 """
 How fast is each objective, and how far is that from what this machine can do?
 
-    python bench.py                                             # the preset of this device, all objectives
-    python bench.py --preset tiny --objective ar vlm --repeats 40 --json bench.json
-    python bench.py --parts step --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_tokens 4096 \
+    python dev/bench.py                                             # the preset of this device, all objectives
+    python dev/bench.py --preset tiny --objective ar vlm --repeats 40 --json bench.json
+    python dev/bench.py --parts step --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_tokens 4096 \
         --vocab_size 4096 --optimizer adamw --compile on
-    python bench.py --compare bench.json                        # the same flags: ratios to that run
+    python dev/bench.py --compare bench.json                        # the same flags: ratios to that run
 
 Takes every flag of train.py and measures the training step that it would run, on random tokens. The ceilings
 are measured in the same process: large matrix products in the dtypes used, and copying memory. Beside each
@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -33,13 +34,14 @@ if __name__ == "__main__":                                      # the profiler's
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))          # run as python dev/bench.py
 import data
 import flags
 from documents import pieces, stdlib_files
 from eval_ppl import left_to_right_masked, standard_lengths
-from files import one_line_errors, write_json
-from model import Config, Transformer, flops, pick_dtype, reuse_memory
-from objectives import CAUSAL, OBJECTIVES
+from common import one_line_errors, pick_dtype, reuse_memory, write_json
+from model import Config, Transformer, flops
+from objectives import OBJECTIVES
 from sample import append, draw, fill
 from tokenizer import build_encoding, make_tokenizer
 from train import compiled, get_batch, make_optimizers, make_options, pick_compile, to_device, update
@@ -148,7 +150,7 @@ def make_step(args, shards, plain=False):
     that makes its batches, "scored": positions, "needed": floating-point operations, "compiled": bool}.
     """
     options = make_options(args, args.vocab_size)
-    model = build(args, args.objective in CAUSAL, args.vocab_size)
+    model = build(args, OBJECTIVES[args.objective].causal, args.vocab_size)
     sequences = range(args.batch_tokens // args.block_size)
     cuts = [sequences[i:i + args.batch_size] for i in sequences[::args.batch_size]]
 
