@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import data
 import objectives
-from common import (DataError, one_line_errors, peak_flops, pick_dtype, read_checkpoint, reuse_memory, save_checkpoint,
-                    save_config, write_atomically)
+from common import (DataError, file_sha256, one_line_errors, peak_flops, pick_dtype, read_checkpoint, reuse_memory,
+                    save_checkpoint, save_config, source_digests, write_atomically)
 from flags import parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Draw, Options
@@ -227,7 +227,13 @@ def start_folder(args, config):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(args.out_dir, name))
     shutil.copy(os.path.join(args.data_dir, args.dataset, "tokenizer.json"), args.out_dir)
-    save_config(args.out_dir, config, train=vars(args), torch=torch.__version__)
+    save_config(args.out_dir, config, train=vars(args), torch=torch.__version__, sources=source_digests(),
+                dataset=dataset_digests(os.path.join(args.data_dir, args.dataset)))
+
+
+def dataset_digests(folder):
+    """sha256 of a dataset's description and vocabulary."""
+    return {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in ("meta", "tokenizer")}
 
 
 def resume_folder(args, model, optimizers):
