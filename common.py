@@ -64,6 +64,29 @@ def has_matplotlib():
     return True
 
 
+def show_any_character():
+    """Let the screen show "?" instead of failing where it has no such character (pipes on Windows)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def output_may_close():
+    """For a print inside of a long run: if nobody reads it any more (`| head`, a closed terminal), it is
+    dropped, and the run goes on."""
+    try:
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds "(default: X)" to the help of a flag, unless X is None or the flag is a switch."""
     def _get_help_string(self, action):
@@ -91,15 +114,44 @@ def close_on_disk(file):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary binary file, flush it to disk, rename it to `path`."""
-    with open(f"{path}.tmp", "wb") as file:
-        write(file)
-        close_on_disk(file)
-    os.replace(file.name, path)
+    """Call write(file) on a temporary binary file, flush it to disk, rename it to `path`.
+
+    If that fails, `path` is what it was and nothing is left behind.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            close_on_disk(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def write_json(path, value):
     write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+@contextlib.contextmanager
+def hold(folder):
+    """Make `folder` and let nobody else hold it meanwhile: a second process gets a DataError.
+
+    A killed process leaves no lock. Where the file system has no locks (Windows, some network drives) there
+    is none.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is working in {folder}: wait for it, or name another --out_dir"
+                            ) from None
+        except OSError:                     # a file system without locks
+            pass
+        yield
 
 
 @contextlib.contextmanager
@@ -249,16 +301,38 @@ def reuse_memory():
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are
 
 def save_config(out_dir, config, **rest):
-    """Write out_dir/config.json: the model's sizes,
-    and what else the caller wants to be known (JSON values).
-    """
+    """Write out_dir/config.json: the model's sizes, and what else the caller wants to be known (JSON values)."""
     write_json(os.path.join(out_dir, "config.json"), {"model": asdict(config), **rest})
 
 
-def save_checkpoint(out_dir, model, optimizers, step):
-    """Write out_dir/ckpt.pt: {"model": state dict, "optimizer": [state dicts], "step": int}."""
-    state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers], "step": step}
-    write_atomically(os.path.join(out_dir, "ckpt.pt"), lambda file: torch.save(state, file))
+def save_checkpoint(out_dir, model, optimizers, step, tokens=0):
+    """Write out_dir/ckpt.pt: {"model": state dict, "optimizer": [state dicts], "step", "tokens": int}.
+
+    Raises OSError if the disk is full; the last checkpoint is then what it was.
+    """
+    state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
+             "step": step, "tokens": tokens}
+    path = os.path.join(out_dir, "ckpt.pt")
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:           # what torch.save makes of a full disk
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}): is the disk full? "
+                      "The last checkpoint is kept") from None
+
+
+def read_config(out_dir):
+    """config.json of a checkpoint folder, a dict. Raises ValueError, one line."""
+    try:
+        with open(os.path.join(out_dir, "config.json")) as file:
+            config = json.load(file)
+        config["model"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
+                         "(train one: python train.py --objective vlm)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out_dir} holds no readable checkpoint: config.json: "
+                         f"{type(error).__name__}: {error}") from None
+    return config
 
 
 def read_checkpoint(out_dir, device="cpu"):
@@ -266,11 +340,10 @@ def read_checkpoint(out_dir, device="cpu"):
 
     Only tensors and plain containers are accepted: a file that would run code when unpickled is refused.
     """
+    config = read_config(out_dir)
     try:
-        with open(os.path.join(out_dir, "config.json")) as file:
-            config = json.load(file)
         state = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location=device, weights_only=True)
-        state["model"], state["step"], config["model"]
+        state["model"], state["step"]
     except FileNotFoundError as error:
         raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
                          "(train one: python train.py --objective vlm)") from None
