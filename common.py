@@ -308,7 +308,7 @@ def save_config(out_dir, config, **rest):
 def save_checkpoint(out_dir, model, optimizers, step, tokens=0):
     """Write out_dir/ckpt.pt: {"model": state dict, "optimizer": [state dicts], "step", "tokens": int}.
 
-    Raises OSError if the disk is full; the last checkpoint is then what it was.
+    Raises OSError if the disk is full. What was saved before is then kept.
     """
     state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
              "step": step, "tokens": tokens}
@@ -317,26 +317,26 @@ def save_checkpoint(out_dir, model, optimizers, step, tokens=0):
         write_atomically(path, lambda file: torch.save(state, file))
     except RuntimeError as error:           # what torch.save makes of a full disk
         raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}): is the disk full? "
-                      "The last checkpoint is kept") from None
+                      "What was saved before is kept") from None
 
 
 def read_config(out_dir):
-    """config.json of a checkpoint folder, a dict. Raises ValueError, one line."""
+    """config.json of a checkpoint folder, a dict. Raises DataError, one line."""
     try:
         with open(os.path.join(out_dir, "config.json")) as file:
             config = json.load(file)
         config["model"]
     except FileNotFoundError as error:
-        raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
-                         "(train one: python train.py --objective vlm)") from None
+        raise DataError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
+                        "(train one: python train.py --objective vlm)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out_dir} holds no readable checkpoint: config.json: "
-                         f"{type(error).__name__}: {error}") from None
+        raise DataError(f"{out_dir} holds no readable checkpoint: config.json: "
+                        f"{type(error).__name__}: {error}") from None
     return config
 
 
 def read_checkpoint(out_dir, device="cpu"):
-    """The raw contents of a checkpoint folder: (state, config.json as a dict). Raises ValueError, one line.
+    """The raw contents of a checkpoint folder: (state, config.json as a dict). Raises DataError, one line.
 
     Only tensors and plain containers are accepted: a file that would run code when unpickled is refused.
     """
@@ -345,19 +345,19 @@ def read_checkpoint(out_dir, device="cpu"):
         state = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location=device, weights_only=True)
         state["model"], state["step"]
     except FileNotFoundError as error:
-        raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
-                         "(train one: python train.py --objective vlm)") from None
+        raise DataError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
+                        "(train one: python train.py --objective vlm)") from None
     except Exception as error:                                  # torch.load raises many kinds
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{out_dir} holds no readable checkpoint: "
-                         f"{type(error).__name__}: {reason}") from None
+        raise DataError(f"{out_dir} holds no readable checkpoint: "
+                        f"{type(error).__name__}: {reason}") from None
     return state, config
 
 
 def load_checkpoint(out_dir, device="cpu"):
     """(model in eval mode, config.json as a dict with "step" and the "weights" digest added).
 
-    Raises ValueError, one line, if it is no checkpoint.
+    Raises DataError, one line, if it is no checkpoint.
     """
     state, config = read_checkpoint(out_dir, device)
     try:
@@ -365,7 +365,7 @@ def load_checkpoint(out_dir, device="cpu"):
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{out_dir}: ckpt.pt and config.json do not fit: {reason}") from None
+        raise DataError(f"{out_dir}: ckpt.pt and config.json do not fit: {reason}") from None
     return model.eval(), {**config, "step": state["step"], "weights": weights_digest(state["model"])}
 
 # -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 import data
 import objectives
-from common import Help, add_device_flags, pick_device, read_config
+from common import DataError, Help, add_device_flags, pick_device, read_config
 from objectives import CHOICES, OBJECTIVES, Options
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
@@ -104,7 +104,7 @@ SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_token
          "eval_interval", "eval_sequences", "save_interval", "log_interval"]
 
 # What cannot change when a run is resumed: it defines the model, the objective or the random numbers
-FIXED = ["dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed",
+FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed",
          *(field.name for field in fields(Options) if field.name != "vocab_size")]
 
 
@@ -131,11 +131,15 @@ def saved_flags(parser, argv, out_dir):
     The folder is the one on the command line, wherever the run was when it began.
     Raises ValueError for a flag that cannot change.
     """
-    saved = read_config(out_dir)["train"]
+    saved = read_config(out_dir).get("train")
+    if saved is None:
+        raise ValueError(f"{out_dir} cannot be resumed: its config.json holds no flags of train.py")
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in saved.items() if name in known})
     args = parser.parse_args(argv)
     args.out_dir = out_dir
+    if args.preset == "auto":                   # was settled when the run began
+        args.preset = saved["preset"]
 
     changed = [name for name in FIXED if name in saved and getattr(args, name) != saved[name]]
     if changed:
@@ -188,8 +192,11 @@ def check_args(args):
         raise ValueError(f"batch_tokens {args.batch_tokens} is not a multiple of "
                          "batch_size * block_size * processes "
                          f"= {args.batch_size} * {args.block_size} * {world}")
+    check_folder(args)
 
-    # The folder
+
+def check_folder(args):
+    """Raises DataError if out_dir holds a run that a new one would replace unasked."""
     if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        raise ValueError(f"{args.out_dir} already holds a run: "
-                         "continue it with --resume, or replace it with --overwrite")
+        raise DataError(f"{args.out_dir} already holds a run: "
+                        "continue it with --resume, or replace it with --overwrite")

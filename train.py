@@ -29,6 +29,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ import objectives
 from common import (DataError, file_sha256, hold, one_line_errors, output_may_close, peak_flops, pick_dtype,
                     read_checkpoint, read_config, reuse_memory, save_checkpoint, save_config, show_any_character,
                     source_digests, write_atomically)
-from flags import parse_args
+from flags import check_folder, parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Batch, Draw, Options
 from sample import draw, fill, generate
@@ -48,6 +49,7 @@ from tokenizer import load_tokenizer
 
 VAL_SEED = 2407_00935       # validation windows and masks are the same for every run, so that losses compare
 MOST_PASSES = 4             # over the training tokens: beyond, a model begins to learn them by heart
+CONTEXT_GAIN = 0.03         # a loss less than this fraction below that of word frequencies: no context yet
 
 # -----------------------------------------------------------------------------
 # Batches
@@ -108,11 +110,16 @@ def evaluate(model, shards, options, args):
     return loss / weight
 
 
-def unigram_loss(log_p, shards, options, args):
-    """What `evaluate` would give for a model that only knows how often each word occurs.
+def unigram_loss(dataset, shards, options, args):
+    """What `evaluate` would give for a model that only knows how often each word occurs in training.
 
-    log_p: (V,) float64, log-probability of each token, see data.load_unigram.
+    dataset: its folder. Returns None, with a word, where the folder does not say how often.
     """
+    if not os.path.exists(os.path.join(dataset, "unigram.npy")):
+        say(f"{dataset} has no unigram.npy, so no loss of word frequencies is shown beside the model's "
+            "(python data.py --overwrite prepares it again)")
+        return None
+    log_p = data.load_unigram(dataset)                                      # (V,) float64, nats
     total = torch.zeros(2, dtype=torch.float64)
     for batch in validation_batches(shards, options, args):
         nats = -log_p[batch.targets].mean(axis=1)                           # (N,)
@@ -190,16 +197,20 @@ def train(args):
     options = make_options(args, meta["vocab_size"])
     for split in ("train", "val"):
         data.check_window(shards[split], objectives.window_size(options))
-    rank, _ = rank_and_world()
-    with hold(args.out_dir) if rank == 0 else contextlib.nullcontext():
-        run(args, meta, shards, options)
+    with contextlib.ExitStack() as held:
+        in_first_process(lambda: held.enter_context(hold(args.out_dir)))
+        in_first_process(lambda: check_folder(args))    # again: another run may have ended just now
+        stop = run(args, meta, shards, options)
         leave_together()
+    if stop:
+        sys.exit(128 + stop)
 
 
 def run(args, meta, shards, options):
     """Set up model and optimizers, continue or begin the run, and finish it.
 
-    meta: of the dataset. shards: {"train": [(n,) ids, ...], "val": [...]}.
+    meta: of the dataset. shards: {"train": [(n,) ids, ...], "val": [...]}. Returns the signal that stopped
+    it early, or 0.
     """
     rank, world = rank_and_world()
     dataset = os.path.join(args.data_dir, args.dataset)
@@ -215,18 +226,13 @@ def run(args, meta, shards, options):
     # The run's folder: what an earlier run left, or a fresh one
     done = {"step": 0, "tokens": 0}
     if args.resume:
-        check_sources(args)
         done = restore(args, model, optimizers)
         if done["step"] >= args.max_iters:
             say(f"{args.out_dir} is at step {done['step']} of {args.max_iters} already; "
                 "to train it further, give a larger --max_iters")
-            return
+            return 0
     set_rates(optimizers, args)
-    if rank == 0:
-        if not args.resume:
-            clear_folder(args, dataset)
-        save_config(args.out_dir, config, train=flags_in_force(args), torch=torch.__version__,
-                    sources=source_digests(), dataset=dataset_digests(dataset))
+    in_first_process(lambda: write_folder(args, config, dataset))
 
     # The sequences of the global batch that this process works on, in micro-batches
     local = args.batch_tokens // args.block_size // world
@@ -241,25 +247,28 @@ def run(args, meta, shards, options):
     first = make(done["step"])
     scored = sum(len(batch.positions) for batch in first)                   # by this process, per update
     step_flops = flops(config, local, args.block_size, scored)
-    baseline = unigram_loss(data.load_unigram(dataset), shards["val"], options, args)
+    baseline = unigram_loss(dataset, shards["val"], options, args)
+    say_passes(args, done, meta["splits"]["train"]["tokens"])
     say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
         f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens per update, "
         f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
-    say_passes(args, meta["splits"]["train"]["tokens"])
 
     # Train
     fast = compiled(model, first[0]) if pick_compile(args, step_flops) else model
     validate = partial(evaluate, fast, shards["val"], options, args)
-    val_loss = loop(args, model, fast, optimizers, make, validate, done, step_flops)
-    if rank == 0:
-        finish(args, model, meta["splits"]["val"], shards["val"], val_loss, baseline)
+    line, stop = loop(args, model, fast, optimizers, make, validate, baseline, done, step_flops)
+    if rank == 0 and line["step"] == args.max_iters:
+        finish(args, model, meta["splits"]["val"], shards["val"], line["val_loss"], baseline)
+        return 0
+    return stop
 
 
-def loop(args, model, fast, optimizers, make, validate, done, step_flops):
-    """Update; at their intervals log, validate and save. Returns the last validation loss.
+def loop(args, model, fast, optimizers, make, validate, baseline, done, step_flops):
+    """Update; at their intervals log, validate and save.
 
     fast: `model`, compiled or not. make(step): the micro-batches of a step. validate(): the validation loss.
-    done: {"step", "tokens"} of the run so far.
+    baseline: that of word frequencies. done: {"step", "tokens"} of the run so far.
+    Returns the last line of the log, a dict, and the signal that stopped the run, or 0.
     """
     rank, world = rank_and_world()
     wrapped = torch.nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
@@ -270,8 +279,12 @@ def loop(args, model, fast, optimizers, make, validate, done, step_flops):
     clock = time.time()
     bar = tqdm(total=args.max_iters, initial=done["step"], disable=rank != 0, dynamic_ncols=True)
 
-    with stop_signals() as signals, stop_vote(signals) as vote:
-        for step, batches in prefetch(make, done["step"], args.max_iters):
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(stop_signals())
+        vote = stack.enter_context(stop_vote(signals))
+        steps = stack.enter_context(contextlib.closing(prefetch(make, done["step"], args.max_iters)))
+        stack.callback(bar.close)
+        for step, batches in steps:
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
             step += 1
@@ -297,34 +310,43 @@ def loop(args, model, fast, optimizers, make, validate, done, step_flops):
                     "tokens_per_second": len(pending) * args.batch_tokens / seconds}
             if peak:
                 line["mfu"] = len(pending) * step_flops / seconds / peak
+            show_speed(bar, line)
+
+            # Validate
             if validates:
                 line["val_loss"] = validate()
-                say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}")
-            with output_may_close():
-                utilisation = f", MFU {line['mfu']:.0%}" if peak else ""
-                bar.set_postfix_str(f"loss {line['train_loss']:.3f}, "
-                                    f"{line['tokens_per_second']:.0f} tokens/s{utilisation}")
-            if rank == 0:
-                with open(os.path.join(args.out_dir, "log.jsonl"), "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                line["word_frequencies"] = baseline
+                say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}"
+                    f"{beside(baseline)}")
 
             # Save
             if stop:
-                say(f"stopping: saving step {step} ...")
-            if saves and rank == 0:
-                save_checkpoint(args.out_dir, model, optimizers, step, tokens)
+                say(f"stopping: saving step {step} ...{patience()}")
+            in_first_process(lambda: append_line(os.path.join(args.out_dir, "log.jsonl"), line))
+            if saves:
+                in_first_process(lambda: save_checkpoint(args.out_dir, model, optimizers, step, tokens))
                 saved = step
             if stop and not final:
-                bar.close()
-                say(f"stopped at step {step} and saved; resume with: "
-                    f"python train.py --resume --out_dir {shlex.quote(args.out_dir)}")
-                leave_together()
-                sys.exit(128 + stop)
+                say(f"stopped at step {step} and saved; resume with: {resume_command(args)}")
+                break
             pending = []
             clock = time.time()
+    return line, stop
 
-    bar.close()
-    return line["val_loss"]
+
+def show_speed(bar, line):
+    """Loss and speed behind the progress bar."""
+    text = f"loss {line['train_loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s"
+    if "mfu" in line:
+        text += f", MFU {line['mfu']:.0%}"
+    with output_may_close():
+        bar.set_postfix_str(text)
+
+
+def append_line(path, line):
+    """Append a JSON object as a line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def check_finite(numbers, model, step, saved):
@@ -333,15 +355,19 @@ def check_finite(numbers, model, step, saved):
     weights_ok = model is None or all(p.isfinite().all() for p in model.parameters())
     if steps_ok.all() and weights_ok:
         return
-    bad = step if steps_ok.all() else step - len(numbers) + 1 + int(steps_ok.int().argmin())
+    bad = step
+    if not steps_ok.all():
+        bad = step - len(numbers) + 1 + int(steps_ok.int().argmin())        # the first one
     kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
     say(f"error: loss, gradient or weights not finite at step {bad}; {kept}")
+    leave_together()
     sys.exit(1)
 
 
-def say_passes(args, train_tokens):
+def say_passes(args, done, train_tokens):
     """How often the run goes over its training tokens: the more often, the more it learns them by heart."""
-    passes = args.max_iters * args.batch_tokens / train_tokens
+    tokens = done["tokens"] + (args.max_iters - done["step"]) * args.batch_tokens
+    passes = tokens / train_tokens
     say(f"{args.max_iters} updates are {passes:.2g} passes over {train_tokens:,} training tokens")
     if passes > MOST_PASSES:
         say(f"warning: more than {MOST_PASSES} passes. Watch the validation loss: it may rise while the "
@@ -362,60 +388,84 @@ def finish(args, model, size, shards, val_loss, baseline):
 
     # The loss. Only the next token's is the length of a code, so only there are bits per byte meaningful
     kind = "next" if next_token else "masked" if masked else "target"
-    bits = val_loss / math.log(2) * size["tokens"] / size["bytes"]
-    code = f" ({bits:.3f} bits per byte)" if next_token else ""
-    say(f"validation loss {val_loss:.4f} nats per {kind} token{code}; word frequencies alone give "
-        f"{baseline:.4f}; checkpoint in {args.out_dir}")
-    if val_loss > 0.97 * baseline:
-        say("this is the level of word frequencies: the model has not learned to use context yet "
-            "(masked models stay there for a while; more --max_iters help)")
+    code = ""
+    if next_token:
+        bits = val_loss / math.log(2) * size["tokens"] / size["bytes"]
+        code = f", {bits:.3f} bits per byte"
+    say(f"validation loss {val_loss:.4f} nats per {kind} token{code}{beside(baseline)}; "
+        f"checkpoint in {args.out_dir}")
+    if baseline is not None and val_loss > (1 - CONTEXT_GAIN) * baseline:
+        say("This is the level of word frequencies: the model has learned no context yet. "
+            "Masked models stay there for a while; more --max_iters help")
 
     # The demonstration
-    for line in demonstration(model.eval(), load_tokenizer(args.out_dir), shards, masked):
-        say(line)
-    say(f"more: python sample.py --checkpoint {shlex.quote(args.out_dir)}")
+    say(demonstration(model.eval(), load_tokenizer(args.out_dir), shards, masked))
+    say(f"more: {command('sample.py', '--checkpoint', args.out_dir)}")
+
+
+def beside(baseline):
+    """The loss of word frequencies, to stand behind a validation loss."""
+    return "" if baseline is None else f" (word frequencies alone: {baseline:.4f})"
 
 
 def demonstration(model, encoding, shards, masked):
-    """Lines of text that show what the model was trained for, the same prompts for every objective.
+    """Text that shows what the model was trained for, from the same prompts for every objective.
 
     A masked model fills in three lines of validation text of which half of the tokens are masked, and
     continues the beginning of the first. A causal one continues the beginnings of the first two.
     """
-    texts = example_lines(encoding, shards, model.config.block_size)
-    pick = partial(draw, temperature=0.0)
-    out = []
+    lines = example_lines(encoding, shards[0], model.config.block_size)
+    text = []
     if masked:
-        out.append("--- validation text, half of its tokens masked (_), and filled in by the model ---")
-        for i, ids in enumerate(texts):
-            order = np.random.default_rng(i).permutation(len(ids))
-            gaps = set(order[:len(ids) // 2].tolist())
-            hidden = [model.config.mask_token if k in gaps else token for k, token in enumerate(ids)]
-            shown = [encoding.decode([token]) for token in ids]
-            shown = [re.sub(r"\S", "_", piece) if k in gaps else piece for k, piece in enumerate(shown)]
-            filled = fill(model, hidden, pick, order="confidence")
-            out += ["text    " + encoding.decode(ids), "masked  " + "".join(shown),
-                    "filled  " + encoding.decode(filled), ""]
+        shown, filled = half_masked(model, encoding, "\n".join(lines))
+        text += ["--- validation text with half of its tokens masked", shown,
+                 "--- filled in by the model", filled]
 
     generator = torch.Generator().manual_seed(0)
-    for ids in texts[:1 if masked else 2]:
-        prompt = ids[:max(1, len(ids) // 2)]
-        room = model.config.block_size - len(prompt)
-        ids = generate(model, prompt, min(40, max(1, room - 1)), temperature=0.8, generator=generator)
-        out.append(f"--- a continuation of {encoding.decode(prompt)!r} ---")
-        out.append(encoding.decode(ids))
-    return out
+    for line in lines[:1 if masked else 2]:
+        words = line.split(" ")
+        prompt = " ".join(words[:math.ceil(len(words) / 2)])                # never ends in a space
+        ids = encoding.encode_ordinary(prompt)[:model.config.block_size - 1]
+        length = min(32, model.config.block_size - len(ids))
+        ids = generate(model, ids, length, temperature=0.8, generator=generator)
+        text += [f"--- {prompt!r} continued by the model", encoding.decode(ids)]
+    return "\n".join(text)
 
 
-def example_lines(encoding, shards, block_size, n=3):
-    """n lists of token ids from validation text: lines of a medium length, evenly spread over its beginning."""
-    text = encoding.decode([i for i in shards[0][:20000].tolist() if i != encoding.eot_token])
+def half_masked(model, encoding, text):
+    """Mask every token of a text with probability 1/2 and let the model fill them in.
+
+    Returns the text with `_` in place of the characters of masked tokens, and the filled one. Tokens that
+    hold a line's end stay, so that the two can be compared line by line.
+    """
+    ids = encoding.encode_ordinary(text)[:model.config.block_size]
+    pieces = [encoding.decode([token]) for token in ids]
+    free = [i for i, piece in enumerate(pieces) if "\n" not in piece]
+    masked = np.random.default_rng(0).permutation(free)[:math.ceil(len(free) / 2)]
+
+    hidden = np.array(ids)
+    hidden[masked] = model.config.mask_token
+    filled = fill(model, hidden.tolist(), partial(draw, temperature=0.0), order="confidence")
+    for i in masked:
+        pieces[i] = re.sub(r"\S", "_", pieces[i]) if pieces[i].strip() else "_" * len(pieces[i])
+    return "".join(pieces), encoding.decode(filled)
+
+
+def example_lines(encoding, ids, block_size, n=3):
+    """n successive lines of text from the beginning of validation ids (n_ids,), none longer than 72 characters.
+
+    Text without such lines (one long line, short ones only) is cut into pieces of 48 characters.
+    """
+    ids = [token for token in ids[:50_000].tolist() if token != encoding.eot_token]
+    text = encoding.decode(ids)
     lines = [line.strip() for line in text.splitlines()]
-    fitting = [line for line in lines if 30 <= len(line) <= 72 and sum(map(str.isalpha, line)) > 15]
-    if len(fitting) < n:                                                # text without such lines: any place
-        fitting = [text[i:i + 60] for i in range(0, max(1, len(text) - 60), 60)] or [text]
-    chosen = [fitting[(2 * i + 1) * len(fitting) // (2 * n)] for i in range(n)]
-    return [encoding.encode_ordinary(line)[:block_size - 1] for line in chosen]
+    for i in range(len(lines) - n):
+        chosen = lines[i:i + n]
+        short = len(encoding.encode_ordinary("\n".join(chosen))) <= block_size
+        if short and all(24 <= len(line) <= 72 and " " in line for line in chosen):
+            return chosen
+    text = " ".join(text.split())
+    return [text[48 * i:48 * (i + 1)].strip() or "..." for i in range(n)]
 
 # =============================================================================
 # Behind the scenes: processes, the run's folder, signals, compilation
@@ -434,6 +484,27 @@ def leave_together():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def in_first_process(action):
+    """Call action() in the first process. If it fails there, all leave: it with the error, the others silently.
+    """
+    rank, world = rank_and_world()
+    failure = None
+    if rank == 0:
+        try:
+            action()
+        except (DataError, OSError) as error:
+            failure = error
+    if world > 1:
+        flags = [failure is not None]
+        dist.broadcast_object_list(flags)
+        if flags[0]:
+            leave_together()
+            if rank > 0:
+                sys.exit(2)
+    if failure:
+        raise failure
 
 
 def rank_and_world():
@@ -471,10 +542,20 @@ def load_data(args):
     if dist.is_initialized():
         dist.barrier()
     loaded = data.load(args.dataset, args.data_dir)
-    if args.resume and read_config(args.out_dir).get("dataset") != dataset_digests(folder):
-        raise DataError(f"{folder} is not the dataset that {args.out_dir} was trained on: it was prepared "
-                        "again, or --data_dir is another folder")
+    if args.resume:
+        check_dataset(args, folder)
     return loaded
+
+
+def check_dataset(args, folder):
+    """Raises DataError if a dataset is not, byte for byte, the one that the run in out_dir began with."""
+    before = read_config(args.out_dir).get("dataset")
+    if before is None:
+        raise DataError(f"{args.out_dir} does not say which dataset it was trained on (an older version wrote "
+                        "it): train it again with --overwrite")
+    if before != dataset_digests(folder):
+        raise DataError(f"{folder} is not the dataset that {args.out_dir} was trained on: it was prepared "
+                        "again, or --data_dir names another folder")
 
 
 def dataset_digests(folder):
@@ -503,33 +584,46 @@ def flags_in_force(args):
     return flags
 
 
-def clear_folder(args, dataset):
-    """Remove what an earlier run left, results included. Vocabulary and word frequencies are copied there."""
-    left = [name for name in os.listdir(args.out_dir)
-            if name in ("ckpt.pt", "log.jsonl", "config.json", "spectrum.json") or name.startswith("eval_")]
-    for name in left:
-        os.remove(os.path.join(args.out_dir, name))
-    for name in ("tokenizer.json", "unigram.npy"):
-        shutil.copy(os.path.join(dataset, name), args.out_dir)
+def write_folder(args, config, dataset):
+    """What makes out_dir a checkpoint besides the weights. A fresh run removes what an earlier one left."""
+    if not args.resume:
+        for name in os.listdir(args.out_dir):
+            if name in ("ckpt.pt", "log.jsonl", "config.json", "unigram.npy") or name.startswith("eval_"):
+                os.remove(os.path.join(args.out_dir, name))
+        shutil.copy(os.path.join(dataset, "tokenizer.json"), args.out_dir)
+        with contextlib.suppress(FileNotFoundError):                        # datasets of older versions
+            shutil.copy(os.path.join(dataset, "unigram.npy"), args.out_dir)
+    save_config(args.out_dir, config, train=flags_in_force(args), torch=torch.__version__,
+                sources=sources_of_run(args), dataset=dataset_digests(dataset))
 
 
-def check_sources(args):
-    """Say so if the code has changed since the run began. Its results then belong to neither version."""
+def sources_of_run(args):
+    """{file: sha256} of the code that made the run. A file that changed since it began is named, and from
+    then on matches no code: such weights belong to neither version."""
+    now = source_digests()
+    if not args.resume:
+        return now
     before = read_config(args.out_dir).get("sources", {})
-    changed = [name for name, digest in source_digests().items() if before.get(name) != digest]
+    changed = [name for name, digest in now.items() if before.get(name) != digest]
     if changed:
-        say(f"note: {', '.join(changed)} changed since {args.out_dir} was trained")
+        say(f"note: {', '.join(changed)} changed since {args.out_dir} was begun")
+    return {**now, **dict.fromkeys(changed, "changed during the run")}
 
 
 def restore(args, model, optimizers):
     """Restore weights and optimizers from out_dir and cut the log there. Returns {"step", "tokens"}."""
     state, _ = read_checkpoint(args.out_dir, args.device)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizer"]):
-        optimizer.load_state_dict(saved)
-    if rank_and_world()[0] == 0:
-        cut_log(os.path.join(args.out_dir, "log.jsonl"), state["step"])
-    return {"step": state["step"], "tokens": state["tokens"]}
+    try:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizer"]):
+            optimizer.load_state_dict(saved)
+        done = {"step": state["step"], "tokens": state["tokens"]}
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{args.out_dir} cannot be resumed, ckpt.pt is not what config.json says: "
+                        f"{reason}") from None
+    in_first_process(lambda: cut_log(os.path.join(args.out_dir, "log.jsonl"), done["step"]))
+    return done
 
 
 def cut_log(path, step):
@@ -561,12 +655,16 @@ def stop_signals():
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    old = [signal.signal(number, lambda number, frame: signals.append(number)) for number in numbers]
+
+    old = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)                # Windows has no SIGHUP
+        if number and signal.getsignal(number) not in (signal.SIG_IGN, None):       # nohup ignores SIGHUP
+            old[number] = signal.signal(number, lambda number, frame: signals.append(number))
     try:
         yield signals
     finally:
-        for number, handler in zip(numbers, old):
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -600,6 +698,28 @@ def stop_vote(signals):
     finally:
         for work, _ in running:
             work.wait()
+
+
+def patience():
+    """torchrun kills after 30 s; said before a checkpoint is saved on a signal."""
+    return " (torchrun waits 30 s for it)" if dist.is_initialized() else ""
+
+
+def command(script, *words):
+    """A command line that can be typed in where this process runs."""
+    path = Path(__file__).with_name(script)
+    with contextlib.suppress(ValueError):                   # another drive, on Windows
+        path = os.path.relpath(path)
+    return shlex.join(["python", str(path), *words])
+
+
+def resume_command(args):
+    """How to continue a run that was stopped."""
+    line = command("train.py", "--resume", "--out_dir", args.out_dir)
+    _, world = rank_and_world()
+    if world == 1:
+        return line
+    return line.replace("python", f"torchrun --standalone --nproc_per_node={world}", 1)
 
 # -----------------------------------------------------------------------------
 # Compilation
