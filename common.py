@@ -82,6 +82,7 @@ def output_may_close():
     except OSError:
         for stream in (sys.stdout, sys.stderr):
             try:
+                stream.write("\n")          # stderr has no buffer whose flush would fail
                 stream.flush()
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -270,20 +270,19 @@ def loop(args, model, fast, optimizers, make, validate, baseline, done, step_flo
     baseline: that of word frequencies. done: {"step", "tokens"} of the run so far.
     Returns the last line of the log, a dict, and the signal that stopped the run, or 0.
     """
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     wrapped = torch.nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
     peak = peak_flops(args.device)
     tokens = done["tokens"]
     saved = done["step"]
     pending = []                                # (loss, gradient norm) of the steps since the last log line
     clock = time.time()
-    bar = tqdm(total=args.max_iters, initial=done["step"], disable=rank != 0, dynamic_ncols=True)
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(stop_signals())
         vote = stack.enter_context(stop_vote(signals))
         steps = stack.enter_context(contextlib.closing(prefetch(make, done["step"], args.max_iters)))
-        stack.callback(bar.close)
+        bar = stack.enter_context(progress_bar(args, done["step"]))
         for step, batches in steps:
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
@@ -332,6 +331,22 @@ def loop(args, model, fast, optimizers, make, validate, baseline, done, step_flo
             pending = []
             clock = time.time()
     return line, stop
+
+
+@contextlib.contextmanager
+def progress_bar(args, first):
+    """A tqdm bar of the updates, shown once for all processes."""
+    how = dict(total=args.max_iters, initial=first, disable=rank_and_world()[0] != 0, dynamic_ncols=True)
+    bar = None
+    with output_may_close():
+        bar = tqdm(**how)
+    if bar is None:                         # the screen was closed while it was drawn. Now it draws nowhere
+        bar = tqdm(**how)
+    try:
+        yield bar
+    finally:
+        with output_may_close():
+            bar.close()
 
 
 def show_speed(bar, line):

@@ -16,25 +16,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_train import ROOT, TINY, assert_same, data_dir, log_of, run_script, train, weights_of  # noqa: F401
+from test_train import (ROOT, TINY, assert_same, call, data_dir, log_of, one_thread, resume, run,  # noqa: F401
+                        run_script, torchrun, train, weights_of)
 
-import data
 import flags
-import objectives
 import train as script
-from common import load_checkpoint, read_config
-
-
-@pytest.fixture()
-def run(data_dir, tmp_path):
-    """run("--max_iters", "4") -> (stdout, stderr) of a run in tmp_path/out, in this process."""
-    def call(*args, out="out", **options):
-        return run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / out, *args, **options)
-    return call
-
-
-def resume(folder, *args, **options):
-    return run_script("train.py", "--resume", "--out_dir", folder, *args, **options)
+from common import read_config
 
 # -----------------------------------------------------------------------------
 # Flags
@@ -54,22 +41,26 @@ def test_a_resume_writes_its_flags_back_and_counts_its_tokens(run, tmp_path):
     assert "step 8 of 8 already" in out and len(out.splitlines()) == 1
 
 
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The folder of a run of one update."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    train(data_dir, folder, "--objective", "vlm", "--max_iters", "1")
+    return folder
+
+
 @pytest.mark.parametrize("change", [
-    "--mask_ratio 0.3", "--mask_range 0.2 1.0", "--lookahead 3", "--dar_estimator expectation", "--corruption bert",
-    "--normalization bound", "--objective mlm", "--block_size 16", "--seed 1", "--n_layer 3"])
-def test_what_defines_the_run_cannot_change(run, tmp_path, change, capsys):
-    folder = tmp_path / "out"
-    if not folder.exists():
-        run("--objective", "vlm", "--max_iters", "1")
-    with pytest.raises(SystemExit) as stopped:
-        flags.parse_args(["--resume", "--out_dir", str(folder), *change.split()])
-    assert stopped.value.code == 2
-    assert f"cannot change {change.split()[0][2:]}" in capsys.readouterr().err
+    "--mask_ratio 0.3", "--mask_range 0.2 1.0", "--lookahead 3", "--dar_estimator expectation",
+    "--corruption bert", "--normalization bound", "--objective mlm", "--block_size 16", "--seed 1",
+    "--n_layer 3", "--optimizer adamw", "--preset small"])
+def test_what_defines_the_run_cannot_change(finished, change):
+    _, err = resume(finished, "--max_iters", "2", *change.split(), code=2)
+    assert f"cannot change {change.split()[0][2:]}: {finished} was trained with" in err
+    assert torch.load(finished / "ckpt.pt", weights_only=True)["step"] == 1
 
 
-def test_every_option_of_an_objective_is_fixed_and_every_flag_is_saved(run, tmp_path):
-    run("--objective", "ar", "--max_iters", "1")
-    saved = read_config(tmp_path / "out")["train"]
+def test_every_option_of_an_objective_is_fixed_and_every_flag_is_saved(finished):
+    saved = read_config(finished)["train"]
     known = {action.dest for action in flags.build_parser()._actions} - {"help", "resume", "overwrite", "out_dir"}
     assert set(saved) == known
     assert {"mask_ratio", "mask_range", "lookahead", "dar_estimator", "corruption", "normalization"} <= set(flags.FIXED)
@@ -85,7 +76,7 @@ def test_a_device_picked_automatically_is_picked_again(data_dir, tmp_path):
 def test_a_dataset_prepared_again_is_refused(run, data_dir, tmp_path):
     other = tmp_path / "data"
     shutil.copytree(data_dir, other)
-    run_script("train.py", *TINY, "--data_dir", other, "--out_dir", tmp_path / "out", "--max_iters", "1")
+    call(*TINY, "--data_dir", other, "--out_dir", tmp_path / "out", "--max_iters", "1")
     files = sorted(str(path) for path in data_dir.parent.glob("*.txt"))[:40]
     run_script("data.py", "--dataset", "toy", "--tokenizer", "bytes", "--val_fraction", "0.2", "--overwrite",
                "--data_dir", other, "--files", *files)
@@ -95,9 +86,8 @@ def test_a_dataset_prepared_again_is_refused(run, data_dir, tmp_path):
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
 
-def test_a_resume_never_prepares_a_dataset(run, data_dir, tmp_path):
-    run("--max_iters", "1")
-    _, err = resume(tmp_path / "out", "--max_iters", "2", "--data_dir", tmp_path / "nowhere", code=2)
+def test_a_resume_never_prepares_a_dataset(finished, tmp_path):
+    _, err = resume(finished, "--max_iters", "2", "--data_dir", tmp_path / "nowhere", code=2)
     assert "does not exist" in err and not (tmp_path / "nowhere").exists()
 
 
@@ -109,16 +99,18 @@ def test_changed_code_is_named(run, tmp_path):
     path.write_text(json.dumps(config))
     out, _ = resume(tmp_path / "out", "--max_iters", "2")
     assert "objectives.py changed" in out
-    assert read_config(tmp_path / "out")["sources"] == script.source_digests()
+    sources = read_config(tmp_path / "out")["sources"]
+    assert sources == {**script.source_digests(), "objectives.py": "changed during the run"}
 
 # -----------------------------------------------------------------------------
 # The folder
 
-def test_a_moved_run_reads_and_writes_where_it_is(run, tmp_path):
+def test_a_moved_run_reads_and_writes_where_it_is(run, tmp_path, monkeypatch):
     run("--max_iters", "2")
     shutil.copytree(tmp_path / "out", tmp_path / "moved")
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    run_script("train.py", "--resume", "--out_dir", "moved", "--max_iters", "3", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)                             # data_dir was given elsewhere
+    resume("moved", "--max_iters", "3")
     assert torch.load(tmp_path / "moved" / "ckpt.pt", weights_only=True)["step"] == 3
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
@@ -134,16 +126,17 @@ def test_overwrite_removes_old_results(run, tmp_path):
 
 def test_a_second_process_in_the_folder_is_refused(data_dir, tmp_path):
     command = [sys.executable, ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
-               "--max_iters", "100000"]
+               "--max_iters", "100000", "--save_interval", "5"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(tmp_path / "out" / "log.jsonl", first)
-        _, err = run_script("train.py", *command[2:], code=2)
-        assert "another process" in err and len(err.strip().splitlines()) == 1
+        wait_for(tmp_path / "out" / "ckpt.pt", first)
+        for flag in ("--overwrite", "--resume"):
+            _, err = call(*command[2:], flag, code=2)
+            assert "another process" in err and len(err.strip().splitlines()) == 1
     finally:
         first.kill()                                        # kill -9 leaves no lock
         first.wait()
-    run_script("train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out", "--max_iters", "1")
+    call(*TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out", "--max_iters", "1", "--overwrite")
 
 
 def test_a_damaged_log_does_not_block_a_resume(run, tmp_path):
@@ -156,21 +149,28 @@ def test_a_damaged_log_does_not_block_a_resume(run, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "out")] == [1, 2, 4]
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(run, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(run, tmp_path):
+    """The system refuses to write more than 100 kB to a file, as a full disk would."""
     run("--max_iters", "2")
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-
-    def full(state, file):
-        file.write(b"x" * 1000)
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit) as stopped:
-        script.main(["--resume", "--out_dir", str(tmp_path / "out"), "--max_iters", "3"])
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "disk full" in last
+    assert len(before) > 100_000
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+            "import train; train.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, "--resume", "--out_dir", tmp_path / "out",
+                           "--max_iters", "3"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "ckpt.pt" in last and "disk full" in last
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_run_that_never_saved_is_one_line(run, tmp_path):
+    run("--max_iters", "1")
+    (tmp_path / "out" / "ckpt.pt").unlink()
+    _, err = resume(tmp_path / "out", "--max_iters", "2", code=2)
+    assert "ckpt.pt is missing" in err and len(err.strip().splitlines()) == 1
 
 # -----------------------------------------------------------------------------
 # Signals and screens
@@ -199,18 +199,13 @@ def test_a_signal_saves_at_once_whatever_the_log_interval(data_dir, tmp_path, nu
 @pytest.mark.slow
 def test_all_processes_stop_at_one_step_whatever_the_log_interval(data_dir, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port()}",
-         ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out", "--max_iters", "1000000",
+        [*torchrun(2, 2), ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out", "--max_iters", "1000000",
          "--log_interval", "100000", "--eval_interval", "100000", "--save_interval", "20"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     wait_for(tmp_path / "out" / "ckpt.pt", process)
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert "stopped at step" in out, out[-2000:] + err[-2000:]
-
-
-def port():
-    return 20000 + os.getpid() % 20000
 
 
 def test_a_closed_pipe_does_not_lose_the_run(data_dir, tmp_path):
@@ -247,139 +242,3 @@ def test_handlers_are_restored_and_a_thread_may_train(data_dir, tmp_path):
     thread.join(60)
     assert_same((log_of(tmp_path / "a"), weights_of(tmp_path / "a")),
                 (log_of(tmp_path / "b"), weights_of(tmp_path / "b")))
-
-# -----------------------------------------------------------------------------
-# What the numbers are: mistakes in training that must not pass
-
-def test_the_learning_rate_warms_up_and_decays(run, tmp_path):
-    """Against the definition, written out: 2 updates of warmup, the last 70 % linear down to 5 %."""
-    run("--objective", "ar", "--optimizer", "adamw", "--learning_rate", "0.01")
-    for line in log_of(tmp_path / "out"):
-        done = line["step"] - 1
-        expected = 0.01 * min(1, (done + 1) / 3, 0.05 + 0.95 * (20 - done) / 14)
-        assert line["lr"] == pytest.approx(expected), f"learning rate of update {line['step']}"
-
-
-def test_the_gradient_is_clipped(run, tmp_path):
-    """AdamW's epsilon of 1e-8 swallows a gradient that is clipped to 1e-9: the weights hardly move."""
-    run("--objective", "ar", "--optimizer", "adamw", "--max_iters", "3", out="a")
-    run("--objective", "ar", "--optimizer", "adamw", "--max_iters", "3", "--grad_clip", "1e-9", out="b")
-    one, two = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
-    moved = sum((one[name] - two[name]).abs().sum().item() for name in one)
-    assert moved > 1, "a gradient clipped to 1e-9 changes nothing: it is not clipped"
-
-
-def test_weight_decay_shrinks_the_weights(run, tmp_path):
-    norms = []
-    for decay in ("0", "5"):
-        run("--objective", "ar", "--optimizer", "adamw", "--learning_rate", "0.01", "--weight_decay", decay, out=decay)
-        norms.append(sum(w.square().sum().item() for w in weights_of(tmp_path / decay).values()))
-    assert norms[1] < 0.8 * norms[0]
-
-
-def test_validation_is_on_the_validation_split_and_the_last_line_is_right(run, data_dir, tmp_path):
-    """Against the loss of the saved model, computed here from the shards of the validation split."""
-    out, _ = run("--objective", "ar")
-    model, _ = load_checkpoint(tmp_path / "out")
-    meta, shards = data.load("toy", str(data_dir))
-    options = objectives.Options("ar", block_size=32, vocab_size=meta["vocab_size"])
-    losses = []
-    for index in range(8):                                  # --eval_sequences 8, one by one
-        batch = script.get_batch(shards["val"], options, script.VAL_SEED, 0, [index])
-        hidden = model.features(torch.from_numpy(batch.inputs.copy()))
-        log_p = model.logits(hidden)[0].double().log_softmax(dim=-1)
-        losses.append(-log_p[range(32), batch.targets[:, 0]].mean().item())
-    said = out.splitlines()
-    last = next(line for line in said if line.startswith("validation loss"))
-    val_loss = float(last.split()[2])
-    assert val_loss == pytest.approx(np.mean(losses), abs=2e-4), "not the loss on the validation split"
-
-    # Bits per byte, by the logarithm to base 2; every byte is a token here, and end-of-text one more
-    split = meta["splits"]["val"]
-    bits = float(last.split("(")[1].split()[0])
-    assert bits == pytest.approx(val_loss / math.log(2) * split["tokens"] / split["bytes"], abs=2e-3)
-
-    # Word frequencies of the training split, counted here
-    train_ids = np.concatenate(shards["train"])
-    p = (np.bincount(train_ids, minlength=meta["vocab_size"]) + 1) / (len(train_ids) + meta["vocab_size"])
-    targets = [script.get_batch(shards["val"], options, script.VAL_SEED, 0, [i]).targets for i in range(8)]
-    baseline = float(last.split("alone give")[1].split(";")[0])
-    assert baseline == pytest.approx(-np.log(p[np.concatenate(targets)]).mean(), abs=2e-4)
-
-
-@pytest.mark.parametrize("objective", ["dar", "mlm", "vlm"])
-def test_bits_per_byte_only_where_they_are_the_length_of_a_code(run, objective):
-    out, _ = run("--objective", objective, "--max_iters", "2")
-    assert "bits per byte" not in out and "word frequencies alone" in out
-    assert "has not learned to use context yet" in out
-
-
-def test_the_validation_loss_does_not_depend_on_the_batch_size(run, tmp_path):
-    losses = []
-    for size in ("8", "2"):
-        run("--objective", "vlm", "--max_iters", "1", "--batch_size", size, "--eval_sequences", "7", out=size)
-        losses.append(log_of(tmp_path / size)[-1]["val_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_micro_batches_of_unequal_weight_are_not_averaged(run, tmp_path):
-    """vlm's micro-batches hold different numbers of masked tokens: an average of averages differs."""
-    for size in ("8", "1"):
-        run("--objective", "vlm", "--optimizer", "adamw", "--max_iters", "3", "--batch_size", size, out=size)
-    one, two = [log_of(tmp_path / size) for size in ("8", "1")]
-    for a, b in zip(one, two):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-
-
-def test_a_resumed_run_is_the_undisturbed_one(run, tmp_path):
-    """A resume without the optimizers' state, or one that repeats a batch, ends elsewhere."""
-    run("--objective", "vlm", "--decay_fraction", "0", out="whole", *("--max_iters", "6"))
-    run("--objective", "vlm", "--decay_fraction", "0", out="parts", *("--max_iters", "3"))
-    resume(tmp_path / "parts", "--max_iters", "6")
-    whole, parts = [(log_of(tmp_path / name), weights_of(tmp_path / name)) for name in ("whole", "parts")]
-    for name in whole[1]:
-        assert torch.equal(whole[1][name], parts[1][name]), name
-
-
-def test_the_first_lines_say_how_many_passes(run, data_dir):
-    tokens = data.load("toy", str(data_dir))[0]["splits"]["train"]["tokens"]
-    out, _ = run("--objective", "ar", "--max_iters", "2")
-    assert f"{2 * 256 / tokens:.2g} passes" in out and "warning" not in out
-
-
-def test_presets_do_not_go_over_their_corpus_more_than_four_times():
-    """The default corpus has at least 3.2 M tokens on every Python from 3.10 on."""
-    for name in ("tiny", "small"):
-        preset = flags.PRESETS[name]
-        assert preset["max_iters"] * preset["batch_tokens"] <= 4.1 * 3.2e6
-
-
-def test_many_passes_are_warned_of(capsys):
-    args = flags.build_parser().parse_args(["--max_iters", "100", "--batch_tokens", "1000"])
-    script.say_passes(args, 20_000)
-    assert "5 passes" in capsys.readouterr().out.splitlines()[0]
-    script.say_passes(args, 30_000)
-    assert "warning" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_gradient_accumulation_under_ddp_is_one_process(data_dir, tmp_path):
-    """Two processes with four micro-batches each, Muon off: the losses and gradient norms of one process."""
-    flags_ = ("--objective", "vlm", "--optimizer", "adamw", "--batch_size", "1")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port() + 1}")
-    one = train(data_dir, tmp_path / "one", *flags_)
-    two = train(data_dir, tmp_path / "two", *flags_, command=torchrun)
-    assert_same(one, two, 2e-5)
-    for a, b in zip(one[0], two[0]):
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), "the loss is divided twice"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [("--compile", "on"), ("--dtype", "bfloat16"), ("--optimizer", "muon")])
-def test_compiled_bfloat16_and_muon_learn_as_the_plain_run_does(data_dir, tmp_path, how):
-    plain = train(data_dir, tmp_path / "plain", "--objective", "ar", "--optimizer", "adamw")
-    other = train(data_dir, tmp_path / "other", "--objective", "ar", "--optimizer", "adamw", *how)
-    assert other[0][0]["train_loss"] == pytest.approx(plain[0][0]["train_loss"], rel=1e-2)
-    tolerance = 0.6 if "muon" in how else 0.05
-    assert other[0][-1]["val_loss"] == pytest.approx(plain[0][-1]["val_loss"], abs=tolerance)
