@@ -155,7 +155,8 @@ def left_to_right_masked(model, x, wanted, masks, batch_size):
         hidden = model.features(inputs, valid)                          # (B, L, C)
         first_mask = hidden.take_along_dim(prompt[:, None], 1)[:, 0]    # (B, C)
         target = window.gather(1, prompt)[:, 0]                         # (B,)
-        out[:, row[job].cpu(), k[job].cpu()] = score(model, first_mask, target)
+        scores = score(model, first_mask, target)
+        out[:, row[job].cpu(), k[job].cpu()] = scores
     return Scores(*out)
 
 
@@ -188,7 +189,8 @@ def bound(model, x, settings):
         positions = torch.from_numpy(batch.positions).to(x.device)      # (N,)
         targets = torch.from_numpy(batch.targets[:, 0]).to(x.device)    # (N,)
         hidden = model.features(inputs).flatten(0, 1)[positions]        # (N, C)
-        share = np.array(score(model, hidden, targets)) * batch.weights * T / counts.shape[1]
+        scores = np.array(score(model, hidden, targets))                # (fields, N)
+        share = scores * batch.weights * (T / counts.shape[1])
         out[:, rows[batch.positions // T], batch.positions % T] += share
     return Scores(*out), np.ones((n, T))
 
@@ -254,12 +256,18 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "left-to-right": Method(left_to_right, 500, "next token after a prompt", needs_masks=False, by_prompt=True),
-    "bound": Method(bound, 500, "upper bound on the nats per token of generation in a random order, "
-                    "from sampled masks"),
-    "pseudo": Method(pseudo, 50, "pseudo-perplexity, NOT a likelihood: each token is predicted from both sides",
-                     code_length=False),
-    "confidence": Method(confidence, 50, "exact likelihood of generation in the order of the model's confidence"),
+    "left-to-right": Method(
+        left_to_right, windows=500, needs_masks=False, by_prompt=True,
+        note="next token after a prompt"),
+    "bound": Method(
+        bound, windows=500,
+        note="upper bound on the nats per token of generation in a random order, from sampled masks"),
+    "pseudo": Method(
+        pseudo, windows=50, code_length=False,
+        note="pseudo-perplexity, NOT a likelihood: each token is predicted from both sides"),
+    "confidence": Method(
+        confidence, windows=50,
+        note="exact likelihood of generation in the order of the model's confidence"),
 }
 
 SUFFIXES = {                            # left-to-right: what a masked model sees after the prompt
@@ -295,9 +303,11 @@ def last_tokens_only(model, x, wanted, m, settings):
         target = k[job, None].to(x.device)                              # (B, 1), its place in the window
         inputs = window.gather(1, target - m + torch.arange(m, device=x.device))        # (B, m)
         if not causal:
-            inputs = F.pad(inputs, (0, int(settings.masks[m])), value=model.config.mask_token)
+            masks = int(settings.masks[m])
+            inputs = F.pad(inputs, (0, masks), value=model.config.mask_token)       # (B, m + masks)
         hidden = model.features(inputs)[:, m - 1 if causal else m]      # (B, C)
-        out[:, row[job], k[job]] = score(model, hidden, window.gather(1, target)[:, 0])
+        scores = score(model, hidden, window.gather(1, target)[:, 0])
+        out[:, row[job], k[job]] = scores
     return Scores(*out)
 
 
@@ -337,36 +347,46 @@ def ratio(totals, sizes):
     sizes = sizes[used]
     n = len(sizes)
     r = totals.sum() / sizes.sum()
-    se = (totals - r * sizes).std(ddof=1) / (math.sqrt(n) * sizes.mean()) if n > 1 else math.nan
-    return r, se
+    if n == 1:
+        return r, math.nan
+    return r, (totals - r * sizes).std(ddof=1) / (math.sqrt(n) * sizes.mean())
 
 
-def summary(nats, tokens, right, n_bytes=None, n_words=None):
-    """Means and standard errors in all units.
+class Sums(NamedTuple):
+    """Over the scored tokens of each document, (documents,)."""
+    nats: np.ndarray
+    right: np.ndarray
+    tokens: np.ndarray
 
-    nats, tokens, right: (documents,), sums over each document's scored tokens. n_bytes, n_words: (documents,),
-    size of the text that these nats are a code for, or None where they are not one.
+
+def summary(sums, n_bytes=None, n_words=None):
+    """Means and standard errors of Sums in all units.
+
+    n_bytes, n_words: (documents,), size of the text that these nats are a code for; None where they are none.
     """
-    mean, se = ratio(nats, tokens)
-    accuracy, accuracy_se = ratio(right, tokens)
-    perplexity = math.exp(min(mean, 700))                       # float64 overflows beyond e^709
+    mean, se = ratio(sums.nats, sums.tokens)
+    right, right_se = ratio(sums.right, sums.tokens)
+    perplexity = exp(mean)
     result = {"nats_per_token": mean, "nats_per_token_se": se,
               "perplexity": perplexity, "perplexity_se": perplexity * se,       # d exp(a) = exp(a) da
-              "first_guess_right": accuracy, "first_guess_right_se": accuracy_se}
+              "first_guess_right": right, "first_guess_right_se": right_se}
 
-    if n_bytes is not None and n_bytes.sum():
-        per_byte, se = ratio(nats, n_bytes)
-        result |= {"bits_per_byte": per_byte / math.log(2), "bits_per_byte_se": se / math.log(2)}
-    if n_words is not None and has_words(n_bytes.sum(), n_words.sum()):
-        per_word, se = ratio(nats, n_words)
-        word_perplexity = math.exp(min(per_word, 700))
-        result |= {"word_perplexity": word_perplexity, "word_perplexity_se": word_perplexity * se}
-    return {name: float(value) if math.isfinite(value) else None for name, value in result.items()}
+    if n_bytes is not None and n_bytes.any():
+        mean, se = ratio(sums.nats, n_bytes)
+        result["bits_per_byte"] = mean / math.log(2)
+        result["bits_per_byte_se"] = se / math.log(2)
+
+        # In Chinese or in DNA white space parts lines, if anything, and no words
+        if n_bytes.sum() < 40 * n_words.sum():
+            mean, se = ratio(sums.nats, n_words)
+            result["word_perplexity"] = exp(mean)
+            result["word_perplexity_se"] = exp(mean) * se
+    return {name: float(value) if math.isfinite(value) else None
+            for name, value in result.items()}
 
 
-def has_words(n_bytes, n_words):
-    """Whether white space parts words. In Chinese, or in DNA, it parts lines, if anything."""
-    return n_words > 0 and n_bytes / n_words < 40
+def exp(nats):
+    return math.exp(min(nats, 700))                             # float64 overflows beyond e^709
 
 
 def grid(n, samples, levels):
@@ -411,32 +431,34 @@ def measure(checkpoint, windows, method, settings, contexts, device):
     x = windows.ids[:, 1:]                                      # (n, T)
     measured = evaluate(checkpoint.model, torch.from_numpy(x).to(device), method, settings, contexts)
 
-    # Sums over each document: of the text that is scored, and of the scores
+    # Sums over each document: of the scores, and of the text that is scored
     document, unit = clusters(windows.document)                 # (n, T)
-    first = int(METHODS[method].by_prompt)
-    bytes_of, words_of = token_sizes(windows.ids, checkpoint.encoding)
-    read_only = np.arange(x.shape[1]) < first                   # (T,)
-    by_document = partial(sum_by, document)
-    n_bytes = by_document(np.where(read_only, 0, bytes_of))
-    n_words = by_document(np.where(read_only, 0, words_of))
-    nats = {name: by_document(scores.nats * weights) for name, (scores, weights) in measured.items()}
-    right = {name: by_document(scores.right * weights) for name, (scores, weights) in measured.items()}
-    tokens = {name: by_document(weights) for name, (_, weights) in measured.items()}
+    add_up = partial(sum_by, document)
+    sums = {name: Sums(add_up(scores.nats * weights), add_up(scores.right * weights), add_up(weights))
+            for name, (scores, weights) in measured.items()}
+    n_bytes, n_words = token_sizes(windows.ids, checkpoint.encoding)        # (n, T), (n, T)
+    if METHODS[method].by_prompt:                               # a window's first token is only read
+        n_bytes[:, 0] = 0
+        n_words[:, 0] = 0
+    n_bytes = add_up(n_bytes)                                   # (documents,)
+    n_words = add_up(n_words)
 
     # Numbers. Bytes and words are those of all positions, so only "all" may be divided by them
-    results = {name: summary(nats[name], tokens[name], right[name]) for name in nats}
-    if checkpoint.is_code and METHODS[method].code_length:
-        results["all"] = summary(nats["all"], tokens["all"], right["all"], n_bytes, n_words)
-    prompt_lengths = {str(k): results[str(k)] for k in settings.prompt_lengths}
-    context = {name.split()[1]: results[name] for name in results if name.startswith("context")}
+    results = {name: summary(total) for name, total in sums.items()}
+    if checkpoint.ahead == 1 and METHODS[method].code_length:
+        results["all"] = summary(sums["all"], n_bytes, n_words)
 
-    return {"windows": len(x), "block_size": x.shape[1], "clusters": unit, "seconds": time.time() - start,
-            "all": results["all"], "prompt_lengths": prompt_lengths, "context": context,
+    return {"windows": len(x), "block_size": x.shape[1], "clusters": unit,
+            "seconds": time.time() - start,
+            "all": results["all"],
+            "prompt_lengths": {name: results[name] for name in results if name.isdigit()},
+            "context": {name[8:]: results[name] for name in results if name.startswith("context ")},
             "unigram": frequencies_alone(checkpoint, x, measured["all"][1]),
             "documents": {"windows": np.bincount(document[:, 0], minlength=len(n_bytes)).tolist(),
-                          "bytes": n_bytes.astype(int).tolist(), "words": n_words.astype(int).tolist()},
-            "nats": {name: total.tolist() for name, total in nats.items()},
-            "tokens": {name: total.tolist() for name, total in tokens.items()}}
+                          "bytes": n_bytes.astype(int).tolist(),
+                          "words": n_words.astype(int).tolist()},
+            "nats": {name: total.nats.tolist() for name, total in sums.items()},
+            "tokens": {name: total.tokens.tolist() for name, total in sums.items()}}
 
 
 def frequencies_alone(checkpoint, x, weights):
@@ -502,11 +524,10 @@ def read_text(path):
                          f"iconv -f LATIN1 -t UTF-8 {quoted} > new.txt") from None
 
 
-def read_tokens(args, checkpoint, train):
-    """The Text that is asked for, in the vocabulary of a LoadedCheckpoint. train: its flags of training.
-    Raises ValueError or OSError, one line."""
+def read_tokens(args, checkpoint):
+    """The Text that is asked for, in the vocabulary of a LoadedCheckpoint. Raises ValueError or OSError, one line."""
     if args.val:
-        return validation_split(args, checkpoint, train)
+        return validation_split(args, checkpoint)
     path = Path(args.text) if args.text else wikitext(args.wikitext_dir)
     text = read_text(path)
     sha256 = file_sha256(path)
@@ -515,11 +536,13 @@ def read_tokens(args, checkpoint, train):
     return Text(name, sha256, [ids], [article_starts(text, ids, checkpoint.encoding)])
 
 
-def validation_split(args, checkpoint, train):
+def validation_split(args, checkpoint):
     """The validation split of the checkpoint's dataset. End-of-text parts its documents."""
+    train = checkpoint.config["train"]
     folder = Path(args.data_dir or train.get("data_dir", data.DATA_DIR), train["dataset"])
     _, splits = data.load(folder.name, str(folder.parent))
-    if Path(folder, "tokenizer.json").read_text() != Path(checkpoint.path, "tokenizer.json").read_text():
+    tokenizers = [Path(place, "tokenizer.json").read_text() for place in (folder, checkpoint.path)]
+    if tokenizers[0] != tokenizers[1]:
         raise ValueError(f"the tokenizer of {folder} is not that of {checkpoint.path}: the dataset was "
                          "prepared again after training")
     eot = checkpoint.encoding.eot_token
@@ -538,10 +561,14 @@ def encode(text, encoding):
 
 def article_starts(text, ids, encoding):
     """Places in ids where an article of WikiText begins, a line " = Title = ". None in other texts."""
-    ends = [match.start() for match in HEADING.finditer(text)]
-    sizes = [len(text[start:end].encode()) for start, end in zip([0, *ends], ends)]
-    begins = np.cumsum(tokenizer.token_bytes(encoding)[ids]) - tokenizer.token_bytes(encoding)[ids]
-    return np.searchsorted(begins, np.cumsum(sizes))
+    # Bytes before each article
+    headings = [match.start() for match in HEADING.finditer(text)]
+    parts = [text[start:end] for start, end in zip([0, *headings], headings)]
+    places = np.cumsum([len(part.encode()) for part in parts])
+
+    # Bytes before each token
+    sizes = tokenizer.token_bytes(encoding)[ids]
+    return np.searchsorted(np.cumsum(sizes) - sizes, places)
 
 
 def cut_windows(text, T, limit, eot):
@@ -550,7 +577,8 @@ def cut_windows(text, T, limit, eot):
     They do not overlap or cross from one stream into the next. A stream's last tokens, fewer than T, are not
     used. Of more than `limit` (0: none) that many are taken, evenly spread. Raises ValueError if there are none.
     """
-    places = [(s, i * T) for s, stream in enumerate(text.streams) for i in range(len(stream) // T)]
+    places = [(number, start) for number, stream in enumerate(text.streams)
+              for start in range(0, len(stream) - T + 1, T)]
     if not places:
         raise ValueError(f"the text has {sum(map(len, text.streams))} tokens, less than one window of {T} "
                          "(block_size)")
@@ -561,11 +589,13 @@ def cut_windows(text, T, limit, eot):
     earlier = np.cumsum([0, *map(len, text.starts)])
     ids = np.empty((n, 1 + T), dtype=np.int64)
     document = np.empty((n, T), dtype=np.int64)
-    for i, (s, start) in enumerate(chosen):
-        ids[i, 0] = text.streams[s][start - 1] if start else eot
-        ids[i, 1:] = text.streams[s][start:start + T]
+    for i, (number, start) in enumerate(chosen):
+        stream = text.streams[number]
+        ids[i, 0] = stream[start - 1] if start else eot
+        ids[i, 1:] = stream[start:start + T]
         place = np.arange(start, start + T)
-        document[i] = earlier[s] + np.searchsorted(text.starts[s], place, side="right")
+        begun = np.searchsorted(text.starts[number], place, side="right")       # (T,)
+        document[i] = earlier[number] + begun
     return Windows(ids, document)
 
 
@@ -603,8 +633,7 @@ def token_sizes(ids, encoding):
 # -----------------------------------------------------------------------------
 # Table and plot
 
-ROWS = {"perplexity": "perplexity", "nats_per_token": "nats per token", "bits_per_byte": "bits per byte",
-        "word_perplexity": "word perplexity", "first_guess_right": "first guess right"}
+UNITS = ["perplexity", "nats_per_token", "bits_per_byte", "word_perplexity", "first_guess_right"]
 
 
 def cell(result, name):
@@ -613,9 +642,12 @@ def cell(result, name):
     se = result.get(name + "_se")
     if value is None:
         return "-"
-    digits = 1 if value >= 100 else 2 if value >= 10 else 3
-    style = ".3g" if value >= 1e5 else f".{digits}f"
-    return f"{value:{style}}" if se is None else f"{value:{style}} ± {se:{style}}"
+    if value >= 1e5:
+        style = ".3g"
+    else:
+        style = ".1f" if value >= 100 else ".2f" if value >= 10 else ".3f"
+    error = "" if se is None else f" ± {se:{style}}"
+    return f"{value:{style}}" + error
 
 
 def table(reports):
@@ -631,12 +663,12 @@ def table(reports):
         rows.append([f"perplexity after {k}", *(cell(result, "perplexity") for result in results)])
 
     # All positions, in all units that some model has
-    for name, label in ROWS.items():
-        cells = [cell(r["all"], name) for r in reports]
-        if set(cells) != {"-"} or name == "word_perplexity":
-            rows.append([f"all: {label}", *cells])
+    for name in UNITS:
+        label = "all: " + name.replace("_", " ")
+        rows.append([label, *(cell(r["all"], name) for r in reports)])
         if name == "perplexity":
-            rows.append(["word frequencies alone", *(cell(r["unigram"] or {}, name) for r in reports)])
+            alone = [cell(r["unigram"] or {}, name) for r in reports]
+            rows.append(["word frequencies alone", *alone])
 
     # The same tokens with less and less of the text hidden
     visible = {m for r in reports for m in r["context"]}
@@ -649,15 +681,15 @@ def table(reports):
 
 def show(reports):
     """Print the table, and what has to be known to read it."""
-    sizes = sorted({f"{len(r['tokens']['all'])} {r['clusters']}" for r in reports})
-    print(f"\n{reports[0]['method']} on {reports[0]['text']}, ± standard error over {' or '.join(sizes)}")
+    first = reports[0]
+    units = sorted({f"{len(r['tokens']['all'])} {r['clusters']}" for r in reports})
+    print()
+    print(f"{first['method']} on {first['text']}, ± standard error over {' or '.join(units)}")
     print(table(reports))
 
     for r in reports:
-        own = r["all"]["perplexity"]
-        alone = (r["unigram"] or {}).get("perplexity")
-        if alone and own > 0.95 * alone:
-            print(f"{r['checkpoint']} has learned no context yet: word frequencies alone give {alone:.1f}.")
+        if r["unigram"] and r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
+            print(f"{r['checkpoint']} has learned no context yet: word frequencies alone do as well.")
     if any(r["clusters"] == "windows" for r in reports):
         print("The text is one document: its windows are treated as independent.")
     if any("bits_per_byte" in r["all"] for r in reports):
@@ -688,7 +720,7 @@ def plot(reports, path):
 # Command line
 
 def build_parser():
-    windows = ", ".join(f"{method.windows} for {name}" for name, method in METHODS.items())
+    windows = [f"{method.windows} for {name}" for name, method in METHODS.items()]
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     p.add_argument("--checkpoint", nargs="+", required=True,
                    help="one or several folders written by train.py")
@@ -708,10 +740,11 @@ def build_parser():
     p.add_argument("--data_dir", help="--val: where the datasets are, if not where train.py read them")
     p.add_argument("--prompt_lengths", type=int, nargs="+", metavar="K",
                    help="left-to-right: tokens in the prompt; if not given 1, 2, 4, ... and block_size - 1")
-    p.add_argument("--context", type=int, nargs="+", metavar="M", default=[],
+    p.add_argument("--context", type=int, nargs="+", metavar="M",
                    help="left-to-right: also score the same tokens with only the last M tokens visible")
     p.add_argument("--max_windows", type=int,
-                   help=f"take that many windows, evenly spread; 0: all; if not given {windows}")
+                   help="take that many windows, evenly spread; 0: all; if not given "
+                        + ", ".join(windows))
     p.add_argument("--samples", type=int, default=Settings().samples,
                    help="masked models: mask counts per window (bound) or prompt lengths per window "
                         "(left-to-right, for the mean over all positions), evenly spread; block_size: all "
@@ -737,7 +770,8 @@ class LoadedCheckpoint(NamedTuple):
 
     @property
     def ahead(self):
-        """How far the targets of training reach beyond the inputs, in tokens."""
+        """How far the targets of training reach beyond the inputs, in tokens. Beyond 1 the model gives a
+        mixture over these tokens, which is no code for the next one."""
         return self.objective.ahead(self.options) if self.objective else 1
 
     @property
@@ -745,35 +779,33 @@ class LoadedCheckpoint(NamedTuple):
         """Most masks of a sequence in training, or None."""
         return self.objective.most_masks(self.options) if self.objective else None
 
-    @property
-    def is_code(self):
-        """Whether it was trained to give probabilities of the token that is scored, not of a mixture."""
-        return self.ahead == 1
-
 
 def load(path, args):
     """A LoadedCheckpoint. Raises ValueError, one line."""
     model, config = load_checkpoint(path, args.device)
     model.dtype = pick_dtype(args.dtype, args.device)
-    train = config.get("train", {})
+    train = config.setdefault("train", {})
     known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
-    known |= {"block_size": model.config.block_size, "vocab_size": model.config.vocab_size}
+    known["block_size"] = model.config.block_size
+    known["vocab_size"] = model.config.vocab_size
     try:
         unigram = data.load_unigram(path)
     except DataError:
         unigram = None
     if unigram is not None and len(unigram) != model.config.vocab_size:
         raise ValueError(f"{path}: unigram.npy does not belong to this model's vocabulary")
-    return LoadedCheckpoint(path, model, config, tokenizer.load_tokenizer(path),
-                            OBJECTIVES.get(train.get("objective")), Options(**known), unigram)
+    objective = OBJECTIVES.get(train.get("objective"))
+    encoding = tokenizer.load_tokenizer(path)
+    return LoadedCheckpoint(path, model, config, encoding, objective, Options(**known), unigram)
 
 
 def check_flags(args):
     """Raises ValueError, one line, for flags that make no sense."""
-    lengths = [*(args.prompt_lengths or []), *args.context]
-    if min([args.samples, args.batch_size, *lengths]) < 1 or (args.max_windows or 0) < 0:
-        raise ValueError("samples, batch_size, prompt_lengths and context must be at least 1, max_windows at "
-                         "least 0")
+    lengths = [*(args.prompt_lengths or []), *(args.context or [])]
+    if min([args.samples, args.batch_size, *lengths]) < 1:
+        raise ValueError("samples, batch_size, prompt_lengths and context must be at least 1")
+    if args.max_windows is not None and args.max_windows < 0:
+        raise ValueError("max_windows must be at least 0")
     if args.context and not METHODS[args.method].by_prompt:
         raise ValueError(f"--context does not apply to --method {args.method}")
     if args.plot and not (METHODS[args.method].by_prompt and has_matplotlib()):
@@ -782,7 +814,7 @@ def check_flags(args):
 
 def check(args, loaded):
     """Raises ValueError, one line, for what cannot be evaluated. loaded: a list of LoadedCheckpoints."""
-    longest = max([1, *(args.prompt_lengths or []), *args.context])
+    longest = max([1, *(args.prompt_lengths or []), *(args.context or [])])
     for checkpoint in loaded:
         path = checkpoint.path
         config = checkpoint.model.config
@@ -791,11 +823,11 @@ def check(args, loaded):
         if longest >= config.block_size:
             raise ValueError(f"{path}: prompt and next token must fit into block_size {config.block_size}")
         if args.suffix == "matched" and not config.causal and checkpoint.most_masks is None:
-            objective = checkpoint.config.get("train", {}).get("objective")
+            objective = checkpoint.config["train"].get("objective")
             raise ValueError(f"{path}: how many masks {objective} saw in training is not known, which "
                              "--suffix matched needs; take full or one")
 
-    datasets = {checkpoint.config.get("train", {}).get("dataset") for checkpoint in loaded}
+    datasets = {checkpoint.config["train"].get("dataset") for checkpoint in loaded}
     if args.val and (len(datasets) > 1 or None in datasets):
         raise ValueError("--val needs checkpoints that were trained on one and the same dataset; "
                          "use --text FILE")
@@ -815,23 +847,28 @@ def evaluate_checkpoint(checkpoint, text, windows, args, command):
     if checkpoint.unigram is None:
         notes.append("no unigram.npy in the folder, so no word frequencies to compare with")
     ending = f"-{suffix}" if suffix in ("one", "matched") else ""
-    path = result_path(checkpoint.path, f"eval_ppl_{text.name}_{args.method}{ending}.json", args.results)
-    print(f"{checkpoint.path}: {'; '.join(notes)}; {len(windows.ids)} windows -> {path}", flush=True)
+    name = f"eval_ppl_{text.name}_{args.method}{ending}.json"
+    path = result_path(checkpoint.path, name, args.results)
+    notes.append(f"{len(windows.ids)} windows -> {path}")
+    print(f"{checkpoint.path}: {'; '.join(notes)}", flush=True)
 
     # Measure
     T = checkpoint.model.config.block_size
     lengths = (args.prompt_lengths or standard_lengths(T)) if method.by_prompt else []
     masks = masks_after_prompt(suffix, T, checkpoint.most_masks)
     settings = Settings(args.batch_size, args.samples, tuple(lengths), masks)
-    measured = measure(checkpoint, windows, args.method, settings, args.context, args.device)
+    contexts = args.context or []
+    measured = measure(checkpoint, windows, args.method, settings, contexts, args.device)
 
     # Write
     config = checkpoint.config
-    report = {"checkpoint": checkpoint.path, "step": config["step"], "weights": config["weights"],
-              "objective": config.get("train", {}).get("objective"), "ahead": checkpoint.ahead,
-              "command": command, "text": text.name, "text_sha256": text.sha256, "method": args.method,
-              "suffix": suffix, "samples": args.samples, "dtype": str(checkpoint.model.dtype)[6:],
-              "device": args.device, **measured}
+    report = {"checkpoint": checkpoint.path, "step": config["step"],
+              "weights": config["weights"], "command": command,
+              "objective": config["train"].get("objective"), "ahead": checkpoint.ahead,
+              "text": text.name, "text_sha256": text.sha256,
+              "method": args.method, "suffix": suffix, "samples": args.samples,
+              "dtype": str(checkpoint.model.dtype).removeprefix("torch."), "device": args.device,
+              **measured}
     write_result(path, report)
     return report
 
@@ -846,8 +883,9 @@ def run(args, command):
     limit = METHODS[args.method].windows if args.max_windows is None else args.max_windows
     jobs = []
     for checkpoint in loaded:
-        text = read_tokens(args, checkpoint, checkpoint.config.get("train", {}))
-        windows = cut_windows(text, checkpoint.model.config.block_size, limit, checkpoint.encoding.eot_token)
+        text = read_tokens(args, checkpoint)
+        T = checkpoint.model.config.block_size
+        windows = cut_windows(text, T, limit, checkpoint.encoding.eot_token)
         jobs.append((checkpoint, text, windows))
 
     # The table shows what is done, also when a later checkpoint fails or Ctrl-C ends the program
