@@ -89,6 +89,11 @@ def no_scores(n, T):
     """(fields, n, T) zeros, to be filled in: Scores(*array) names the fields."""
     return np.zeros((len(Scores._fields), n, T))
 
+
+def batches(n, batch_size):
+    """0 .. n-1 in arrays of batch_size."""
+    return np.split(np.arange(n), range(batch_size, n, batch_size))
+
 # -----------------------------------------------------------------------------
 # The four definitions. x: (n, T) int64 windows of text. Each returns Scores with fields (n, T), 0 where a token
 # was not scored, and weights (n, T): how many tokens of the text each score stands for in the mean over all.
@@ -123,7 +128,7 @@ def left_to_right(model, x, settings):
 def left_to_right_causal(model, x, batch_size):
     """-log P(x[k+1] | x[1..k]) at every token but the first, in one forward pass per window."""
     out = no_scores(*x.shape)
-    for rows in progress(torch.arange(len(x)).split(batch_size)):
+    for rows in progress(batches(len(x), batch_size)):
         window = x[rows]                                                # (B, T)
         hidden = model.features(window[:, :-1]).flatten(0, 1)           # (B * (T-1), C)
         scores = score(model, hidden, window[:, 1:].flatten())
@@ -138,7 +143,9 @@ def left_to_right_masked(model, x, wanted, masks, batch_size):
     Every wanted token is a forward pass of k + masks[k] tokens. Passes are sorted by length. Where lengths
     differ within a batch, padding is hidden from attention.
     """
-    row, k = (torch.from_numpy(index).to(x.device) for index in wanted.nonzero())       # (N,), (N,)
+    rows, prompts = wanted.nonzero()                                    # (N,), (N,)
+    row = torch.from_numpy(rows).to(x.device)
+    k = torch.from_numpy(prompts).to(x.device)
     length = k + torch.from_numpy(masks).to(x.device)[k]                # (N,): prompt and masks
     out = no_scores(*x.shape)
 
@@ -156,7 +163,8 @@ def left_to_right_masked(model, x, wanted, masks, batch_size):
         first_mask = hidden.take_along_dim(prompt[:, None], 1)[:, 0]    # (B, C)
         target = window.gather(1, prompt)[:, 0]                         # (B,)
         scores = score(model, first_mask, target)
-        out[:, row[job].cpu(), k[job].cpu()] = scores
+        job = job.numpy(force=True)
+        out[:, rows[job], prompts[job]] = scores
     return Scores(*out)
 
 
@@ -175,8 +183,8 @@ def bound(model, x, settings):
     counts = 1 + grid(n, settings.samples, levels=T)                    # (n, S)
     out = no_scores(n, T)
 
-    batches = np.split(np.arange(n), range(settings.batch_size, n, settings.batch_size))
-    jobs = [(rows, sample) for rows in batches for sample in range(counts.shape[1])]
+    jobs = [(rows, sample) for rows in batches(n, settings.batch_size)
+            for sample in range(counts.shape[1])]
     for rows, sample in progress(jobs):
         # Masks, drawn as in training
         count = counts[rows, sample]                                    # (B,)
@@ -202,11 +210,11 @@ def pseudo(model, x, settings):
     """
     n, T = x.shape
     out = no_scores(n, T)
-    for job in progress(torch.arange(n * T).split(settings.batch_size)):
+    for job in progress(batches(n * T, settings.batch_size)):
         row = job // T                                                  # (B,)
         j = job % T                                                     # (B,)
-        window = x[row.to(x.device)]                                    # (B, T)
-        position = j[:, None].to(x.device)                              # (B, 1)
+        window = x[row]                                                 # (B, T)
+        position = torch.from_numpy(j[:, None]).to(x.device)            # (B, 1)
         inputs = window.scatter(1, position, model.config.mask_token)   # (B, T)
         hidden = model.features(inputs).take_along_dim(position[:, None], 1)[:, 0]      # (B, C)
         out[:, row, j] = score(model, hidden, window.gather(1, position)[:, 0])
@@ -224,7 +232,7 @@ def confidence(model, x, settings):
     """
     n, T = x.shape
     out = no_scores(n, T)
-    for rows in torch.arange(n).split(settings.batch_size):
+    for rows in batches(n, settings.batch_size):
         window = x[rows]                                                # (B, T)
         inputs = torch.full_like(window, model.config.mask_token)
         for left in progress(range(T, 0, -1)):                          # masks that are left in each row
@@ -239,7 +247,7 @@ def confidence(model, x, settings):
             best = equal.argmax(axis=1)                                 # (B,), into position
             j = position.gather(1, torch.from_numpy(best[:, None]).to(x.device))        # (B, 1), into the window
             chosen = np.arange(len(rows)) * left + best                 # (B,), into the flat scores
-            out[:, rows, j[:, 0].cpu()] = [field[chosen] for field in scores]
+            out[:, rows, j[:, 0].numpy(force=True)] = [field[chosen] for field in scores]
             inputs = inputs.scatter(1, j, window.gather(1, j))
     return Scores(*out), np.ones((n, T))
 
@@ -295,19 +303,19 @@ def last_tokens_only(model, x, wanted, m, settings):
     `left_to_right` after m tokens, but the same tokens can be scored for every m. wanted: (n, T) bool, with
     at least m tokens before each. Scores have fields (n, T).
     """
-    row, k = (torch.from_numpy(index) for index in wanted.nonzero())    # (N,), (N,)
+    rows, places = wanted.nonzero()                                     # (N,), (N,)
     causal = model.config.causal
     out = no_scores(*x.shape)
-    for job in progress(torch.arange(len(k)).split(settings.batch_size)):
-        window = x[row[job].to(x.device)]                               # (B, T)
-        target = k[job, None].to(x.device)                              # (B, 1), its place in the window
+    for job in progress(batches(len(rows), settings.batch_size)):
+        window = x[rows[job]]                                           # (B, T)
+        target = torch.from_numpy(places[job, None]).to(x.device)       # (B, 1)
         inputs = window.gather(1, target - m + torch.arange(m, device=x.device))        # (B, m)
         if not causal:
             masks = int(settings.masks[m])
             inputs = F.pad(inputs, (0, masks), value=model.config.mask_token)       # (B, m + masks)
         hidden = model.features(inputs)[:, m - 1 if causal else m]      # (B, C)
         scores = score(model, hidden, window.gather(1, target)[:, 0])
-        out[:, row[job], k[job]] = scores
+        out[:, rows[job], places[job]] = scores
     return Scores(*out)
 
 
@@ -490,7 +498,8 @@ WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
 WIKITEXT_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"   # wiki.test.raw
 
-HEADING = re.compile(r"^ = [^=\n]+ = $", re.MULTILINE)      # of a WikiText article; sections have " = = "
+# The title of a WikiText article: with an empty line before and after it. Sections have " = = "
+TITLE = re.compile(r"(?:\A|^ ?\n)( = [^=\n]+ = )\n ?\n", re.MULTILINE)
 
 
 def wikitext(folder):
@@ -560,10 +569,10 @@ def encode(text, encoding):
 
 
 def article_starts(text, ids, encoding):
-    """Places in ids where an article of WikiText begins, a line " = Title = ". None in other texts."""
+    """Places in ids where an article of WikiText begins, see TITLE. None in other texts."""
     # Bytes before each article
-    headings = [match.start() for match in HEADING.finditer(text)]
-    parts = [text[start:end] for start, end in zip([0, *headings], headings)]
+    titles = [match.start(1) for match in TITLE.finditer(text)]
+    parts = [text[start:end] for start, end in zip([0, *titles], titles)]
     places = np.cumsum([len(part.encode()) for part in parts])
 
     # Bytes before each token
