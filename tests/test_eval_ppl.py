@@ -246,6 +246,46 @@ def test_batches_do_not_matter(given, monkeypatch):
         for key in want:
             np.testing.assert_allclose(got[key], want[key], rtol=1e-4, atol=1e-6)
 
+@pytest.mark.parametrize("given", [{"method": "pseudo"}, {"causal": True}, {"suffix": "one", "samples": 100}])
+def test_first_guess_is_right_where_the_text_is_the_likeliest(given):
+    given = dict(given)
+    model = tiny(causal := given.pop("causal", False), vocab_size=7, block_size=6)
+    x = random_text(20, model)
+    result = measure(model, x, field="right", **given)["all"]
+    def right(row, k):
+        inputs = (row[:k] + [7] + row[k + 1:] if "method" in given else
+                  row[:k] if causal else row[:k] + [7])
+        at = k - 1 if causal else k
+        guesses = [probability(model, inputs, at, token) for token in range(7)]
+        return guesses[row[k]] == max(guesses)
+    first = 0 if "method" in given else 1
+    want = [np.mean([right(row, k) for k in range(first, 6)]) for row in x.tolist()]
+    np.testing.assert_allclose(result, want)
+    assert 0 < np.mean(want) < 0.9
+
+
+@pytest.mark.parametrize("causal, suffix", [(True, "full"), (False, "full"), (False, "one"),
+                                            (False, "matched")])
+def test_context_is_the_loop_over_the_last_tokens(causal, suffix):
+    """The same tokens for every m, each after the m tokens before it only, as if the text began there."""
+    model = tiny(causal, vocab_size=7, block_size=12)
+    x = random_text(9, model)
+    masks = eval_ppl.masks_after_prompt(suffix, 12, most=5)
+    settings = eval_ppl.Settings(samples=3, batch_size=4, masks=masks)
+    with torch.no_grad():
+        measured = eval_ppl.by_context(model, x, [1, 2, 6], settings)
+    assert list(measured) == [1, 2, 6, "all"]
+    rows, places = measured["all"][1].nonzero()
+    assert len(rows) == 9 * 3 and places.min() >= 6 and len(set(places)) > 3
+    for m, (scores, weights) in measured.items():
+        assert (weights == measured["all"][1]).all() and set(weights.ravel()) == {0, 1}
+        for row, k in zip(rows, places):
+            seen = k if m == "all" else m
+            after = {"full": 12 - seen, "one": 1, "matched": min(12 - seen, 5)}[suffix]
+            inputs = x[row, k - seen:k].tolist() + ([] if causal else [7] * after)
+            p = probability(model, inputs, seen - 1 if causal else seen, x[row, k])
+            assert scores.nats[row, k] == pytest.approx(-math.log(p), rel=1e-4)
+
 # -----------------------------------------------------------------------------
 # Text, units
 
@@ -484,6 +524,10 @@ def test_causal_models_are_refused_in_one_line(work, capsys, method):
 @pytest.mark.parametrize("flags, message", [
     (["--text", "none.txt"], "none.txt"),
     (["--text", "latin.txt"], "latin.txt is not UTF-8 text: byte 3"),
+    (["--text", "t.txt", "--context", "0"], "at least 1"),
+    (["--text", "t.txt", "--context", "32"], "must fit into block_size 32"),
+    (["--text", "t.txt", "--method", "pseudo", "--context", "2"], "--context does not apply"),
+    (["--text", "t.txt", "--max_windows", "-1"], "max_windows must be"),
     (["--text", "short.txt"], "less than one window of 32"),
     (["--text", "t.txt", "--prompt_lengths", "4", "32"], "must fit into block_size 32"),
     (["--text", "t.txt", "--prompt_lengths", "0"], "at least 1"),
@@ -524,11 +568,152 @@ def test_val_is_the_validation_split(work, capsys):
     number = np.unique(ended.cumsum(), return_inverse=True)[1].reshape(rows.shape)
     sizes = [int((rows[:, 1:] != 256)[number[:, 1:] == i].sum()) for i in range(number.max() + 1)]
     assert report["documents"]["bytes"] == sizes and len(sizes) > 5
+    nats, tokens = np.array(report["nats"]["all"]), np.array(report["tokens"]["all"])
+    assert len(nats) == len(tokens) == len(sizes) == len(report["nats"]["4"])
+    mean, se = eval_ppl.ratio(nats, tokens)
+    assert (report["all"]["nats_per_token"], report["all"]["nats_per_token_se"]) == pytest.approx((mean, se))
+    assert sum(report["tokens"]["4"]) == sum(report["documents"]["windows"]) == len(rows)
     capsys.readouterr()
     tokenizer.save_tokenizer("gpt2", "sets/toy")
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/vlm", "--val"])
     assert "prepared again after training" in capsys.readouterr().err
+
+
+def report_of(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_texts_of_one_name_do_not_share_a_file(work, capsys):
+    for folder, text in [("A", TEXT), ("B", TEXT.upper())]:
+        os.makedirs(folder)
+        Path(folder, "t.txt").write_text(text)
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", f"{folder}/t.txt", "--max_windows", "3"])
+    paths = [name for name in os.listdir("out/mlm") if name.startswith("eval")]
+    assert len(paths) == 2 and f"eval_ppl_{TEXT_NAME}_left-to-right.json" in paths
+
+
+def test_results_go_elsewhere_or_are_shown_only(work, capsys):
+    """A checkpoint that one may only read: its results are on the screen, and a line says the rest."""
+    command = ["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3"]
+    name = f"eval_ppl_{TEXT_NAME}_left-to-right.json"
+    os.makedirs(f"out/mlm/{name}.tmp")                                      # so it cannot be written
+    eval_ppl.main(command)
+    out, err = capsys.readouterr()
+    assert "all: perplexity" in out and "mlm  " in out
+    assert err.count("\n") == 1 and f"not saved: out/mlm/{name}" in err and "--results" in err
+    assert os.path.exists(f"out/dar/{name}")
+    os.remove(f"out/dar/{name}")
+    eval_ppl.main([*command, "--results", "elsewhere"])
+    assert capsys.readouterr().err == ""
+    assert report_of(f"elsewhere/mlm/{name}")["weights"] == load_checkpoint("out/mlm")[1]["weights"]
+    assert not os.path.exists(f"out/dar/{name}") and os.path.exists(f"elsewhere/dar/{name}")
+
+
+@pytest.mark.parametrize("error, code", [(ValueError("broken"), 2), (KeyboardInterrupt(), 130)])
+def test_nothing_is_lost_when_a_later_checkpoint_fails(work, capsys, monkeypatch, error, code):
+    measure_one, done = eval_ppl.measure, []
+    def fail_the_second_time(*args):
+        if done:
+            raise error
+        done.append(measure_one(*args))
+        return done[0]
+    monkeypatch.setattr(eval_ppl, "measure", fail_the_second_time)
+    with pytest.raises(SystemExit) as stop:
+        eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == code and err.count("\n") == 1
+    assert f"{done[0]['all']['perplexity']:.1f}" in out.split("all: perplexity")[1]
+    assert os.path.exists(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+
+
+def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
+    """The unigram model of the training tokens on the tokens that are scored, and what is not better."""
+    counts = np.bincount(np.frombuffer(TEXT.encode(), np.uint8), minlength=257)
+    np.save("out/mlm/unigram.npy", counts)
+    eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "0"])
+    out = capsys.readouterr().out
+    log_p = np.log((counts + 1) / (counts + 1).sum())
+    report = report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+    n = report["windows"]
+    rows = np.frombuffer(TEXT.encode(), np.uint8)[:n * 32].reshape(n, 32)
+    scored = 1 + eval_ppl.grid(n, 8, 31)
+    want = -log_p[np.take_along_axis(rows, scored, axis=1)].mean()
+    assert report["unigram"]["nats_per_token"] == pytest.approx(want)
+    assert report["unigram"]["perplexity"] == pytest.approx(math.exp(want))
+    row = next(line for line in out.splitlines() if line.startswith("word frequencies alone"))
+    assert row.split()[3:] == [f"{math.exp(want):.2f}", "-"]
+    assert "out/mlm has learned no context yet" in out and "out/dar has learned" not in out
+    assert "no unigram.npy" in out.splitlines()[1] and "no unigram.npy" not in out.splitlines()[0]
+    assert report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["unigram"] is None
+
+    np.save("out/mlm/unigram.npy", counts[:-1])
+    with pytest.raises(SystemExit):
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt"])
+    assert "does not belong to this model's vocabulary" in capsys.readouterr().err
+
+
+def test_a_model_that_beats_word_frequencies_is_not_called_ignorant(capsys):
+    r = {"checkpoint": "a", "method": "m", "text": "t", "clusters": "windows", "tokens": {"all": [1]},
+         "all": {"perplexity": 94.0}, "unigram": {"perplexity": 100.0}, "prompt_lengths": {}, "context": {},
+         "block_size": 4, "windows": 1, "documents": {"bytes": [1]}}
+    eval_ppl.show([r])
+    assert "learned no context" not in capsys.readouterr().out
+    eval_ppl.show([r | {"all": {"perplexity": 97.0}}])
+    assert "a has learned no context yet" in capsys.readouterr().out
+
+
+def test_bits_per_byte_only_where_there_is_a_code(work, capsys):
+    checkpoint("out/ar", causal=True, objective="ar")
+    for method, has in [("left-to-right", True), ("bound", True), ("confidence", True), ("pseudo", False)]:
+        names = ["out/mlm", "out/ar"] if method == "left-to-right" else ["out/mlm"]
+        eval_ppl.main(["--checkpoint", *names, "--text", "t.txt", "--method", method, "--max_windows", "2"])
+        assert ("Published ones differ" in capsys.readouterr().out) == has
+        for name in names:
+            result = report_of(f"{name}/eval_ppl_{TEXT_NAME}_{method}.json")["all"]
+            assert ("bits_per_byte" in result) == ("word_perplexity" in result) == has
+
+
+def test_context_on_the_command_line(work, capsys):
+    eval_ppl.main(["--checkpoint", "out/dar", "out/mlm", "--text", "t.txt", "--max_windows", "4",
+                   "--context", "2", "8"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(tuple("0123456789"))]
+    assert [line.split("  ")[0] for line in lines if line.startswith("nats per token,")] == [
+        f"nats per token, {what} visible" for what in ("only last 2", "only last 8", "whole prompt")]
+    report = report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+    assert set(report["context"]) == {"2", "8", "all"}
+    assert sum(report["tokens"]["context 2"]) == 4 * 8
+    assert report["context"]["8"]["nats_per_token"] == pytest.approx(
+        sum(report["nats"]["context 8"]) / 32)
+
+
+def test_a_fifth_definition_is_one_entry(work, capsys, monkeypatch):
+    def double(model, x, settings):
+        scores, weights = eval_ppl.pseudo(model, x, settings)
+        return scores._replace(nats=2 * scores.nats), weights
+    monkeypatch.setitem(eval_ppl.METHODS, "double", eval_ppl.Method(double, 3, "twice pseudo"))
+    for method in ("double", "pseudo"):
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--method", method, "--max_windows", "3"])
+    assert "twice pseudo" in capsys.readouterr().out
+    double, single = [report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_{method}.json")["all"]["nats_per_token"]
+                      for method in ("double", "pseudo")]
+    assert double == pytest.approx(2 * single)
+
+
+def test_matched_masks_are_those_of_the_objectives_record(work, capsys, monkeypatch):
+    """Of any objective in the table, with the flags of its training. No name is tested."""
+    record = OBJECTIVES["mlm"]._replace(most_masks=lambda options: options.lookahead + options.block_size // 8)
+    monkeypatch.setitem(OBJECTIVES, "fifth", record)
+    checkpoint("out/fifth", objective="fifth", lookahead=1)
+    loaded = eval_ppl.load("out/fifth", argparse_like(work))
+    assert loaded.most_masks == 5
+    eval_ppl.main(["--checkpoint", "out/fifth", "--text", "t.txt", "--suffix", "matched", "--max_windows", "3"])
+    source = Path(ROOT, "eval_ppl.py").read_text().split('"""', 2)[2]
+    assert not [name for name in ("ar", "dar", "mlm", "vlm") if f'"{name}"' in source]
+
+
+def argparse_like(folder):
+    return eval_ppl.build_parser().parse_args(["--checkpoint", str(folder), "--device", "cpu"])
 
 
 def test_suffixes_do_not_overwrite_each_other(work, capsys):
