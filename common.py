@@ -327,13 +327,16 @@ def result_path(checkpoint, name, results=None):
 
 def write_result(path, report):
     """Write a JSON result. Where that is impossible (a folder one may only read, a full disk) one line on
-    stderr says so and the program continues: the numbers are on the screen."""
+    stderr says so and the program continues: the numbers are on the screen. Returns whether it was
+    written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
+        return True
     except OSError as error:
         print(f"not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
               file=sys.stderr)
+        return False
 
 
 def read_result(path, weights):
