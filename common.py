@@ -443,15 +443,19 @@ def as_json(value):
 
 
 def write_result(path, report):
-    """Write a JSON result. Where that is impossible (a folder one may only read, a full disk), one line on
-    stderr says so and the program continues: the numbers are on the screen.
+    """Write a JSON result; returns whether it was written.
+
+    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so and the
+    program continues: the numbers are on the screen.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(as_json(report).encode()))
+        return True
     except OSError as error:
         print(f"not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
               file=sys.stderr)
+        return False
 
 
 def read_result(path, weights):
