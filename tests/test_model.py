@@ -709,7 +709,7 @@ def test_every_process_of_torchrun_touches_its_own_gpu_only(asked, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reuse_memory is for Linux with glibc")
 def test_reuse_memory_saves_the_page_faults_of_large_buffers():
-    """Buffers of 64 MiB are 16,384 pages each, if the kernel gives them anew. The first few always are."""
+    """Buffers of 64 MiB are 16,384 pages each, if the kernel has to clear them again. The first few always are."""
     code = """
 import common, resource, torch
 
