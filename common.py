@@ -40,27 +40,19 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """Errors of these kinds (default: ValueError, OSError) end the program:
-    one line on stderr, exit code 2.
+    """Errors of these kinds (default: ValueError, OSError) end the program with one line on stderr and
+    exit code 2. Any other error is a mistake of ours and keeps its traceback.
     """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:                 # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough. Python flushes stdout once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except kinds or (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def has_matplotlib():
-    """Whether matplotlib, which only --plot needs, is there and can be imported."""
-    try:
-        import matplotlib                                                   # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def show_any_character():
@@ -87,21 +79,34 @@ def output_may_close():
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: X)" to the help of a flag, unless X is None or the flag is a switch."""
+    """Adds "(default: X)" to the help of a flag, unless X is None, empty, or the flag is a switch."""
     def _get_help_string(self, action):
-        if action.default is None or action.default is False:
+        default = action.default
+        if default is None or default is False or default == "":
             return action.help
         return super()._get_help_string(action)
 
 
 def align(rows):
-    """Rows of equally many strings as one text: the first column to the left, the others to the right."""
+    """Rows of equally many strings as one text: the first column to the left, the others to the right.
+
+        [["", "ar"], ["loss", "3.1"]]  ->  "       ar\\nloss  3.1"
+    """
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def has_matplotlib():
+    """Whether matplotlib, which only --plot needs, can be imported."""
+    try:
+        import matplotlib                                                   # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 # -----------------------------------------------------------------------------
 # Writing: a file gets its name when it is complete and on the disk
@@ -406,10 +411,10 @@ SOURCES = ["objectives.py", "model.py", "train.py", "flags.py", "data.py", "docu
            "common.py"]
 
 
-def source_digests():
-    """{file name: sha256} of SOURCES as they are now. train.py stores it in config.json as "sources"."""
+def source_digests(names=SOURCES):
+    """{file name: sha256} of our files as they are now. train.py stores it in config.json as "sources"."""
     here = Path(__file__).parent
-    return {name: file_sha256(here / name) for name in SOURCES if (here / name).exists()}
+    return {name: file_sha256(here / name) for name in names if (here / name).exists()}
 
 
 def weights_digest(state_dict):
@@ -417,7 +422,8 @@ def weights_digest(state_dict):
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -428,15 +434,28 @@ def result_path(checkpoint, name, results=None):
     return Path(results, Path(checkpoint).resolve().name, name)
 
 
+def as_json(value):
+    """JSON with one key per line, but a list of numbers or strings in a single line."""
+    text = json.dumps(value, indent=1)
+
+    # Newlines stand between values only: inside a JSON string they are written as \\n
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
+
+
 def write_result(path, report):
-    """Write a JSON result. Where that is impossible (a folder one may only read, a full disk) one line on
-    stderr says so and the program continues: the numbers are on the screen."""
+    """Write a JSON result; returns whether it was written.
+
+    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so and the
+    program continues: the numbers are on the screen.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, report)
+        write_atomically(path, lambda file: file.write(as_json(report).encode()))
+        return True
     except OSError as error:
         print(f"not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
               file=sys.stderr)
+        return False
 
 
 def read_result(path, weights):
