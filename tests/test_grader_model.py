@@ -153,7 +153,7 @@ def score_zero(scores, causal, mask):
 
 def mask_inverted(scores, causal, mask):
     scores = only_causal(scores, causal, mask)
-    return scores if mask is None else scores.masked_fill(mask, -1e9)
+    return scores if mask is None else scores.masked_fill(mask, -math.inf)
 
 
 def mixes_heads(q, k, v, causal, mask):
