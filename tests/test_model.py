@@ -287,6 +287,7 @@ def test_mask_token_and_padding_have_no_probability():
     """The probabilities of the 50 text ids, one loss each, sum to 1: nothing is left for ids 50 .. 63."""
     hidden, weight, _, _, _ = loss_inputs(1, 1)
     losses = [run_loss(hidden, weight, torch.tensor([[i]]), torch.ones(1), 50) for i in range(50)]
+    explain(losses[0] > 1e-6, "a target with the id 0 does not count: 0 is an ordinary token, no sign for unused")
     total = sum(math.exp(-loss) for loss in losses)
     explain(total > 1 - 1e-4, f"the probabilities of the text ids sum to {total:.3f}, not to 1: the mask token or "
                               "padding gets probability. Ids from vocab_size on must have the logit -inf")
