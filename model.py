@@ -190,7 +190,7 @@ class Transformer(nn.Module):
                              "at most block_size, and one by one after the first call")
         rotary = self.cos[past:past + T], self.sin[past:past + T]           # (T, D/2) each
 
-        # Whom everybody may attend to
+        # The keys that are visible to all queries
         mask = None
         if valid is not None and not self.config.causal:
             mask = valid[:, None, None, :]                                  # (B, 1, 1, T)
@@ -207,8 +207,8 @@ class Transformer(nn.Module):
         return unembed(hidden, self.wte.weight, self.config.vocab_size)
 
     def forward(self, inputs, positions, targets, weights):
-        """The loss of a batch of any objective (objectives.py): `plain_loss` at the scored positions, in nats.
-        It is a sum over positions. The caller divides by the sum of weights.
+        """The loss of a batch of any objective (objectives.py): `plain_loss` at the scored positions. It is
+        a sum, in nats. The caller divides it by the sum of the weights.
 
         inputs: (B, T) int64. positions: (N,) int64 into B*T. targets: (N, K) int64. weights: (N,) float32.
         """

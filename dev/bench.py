@@ -2,7 +2,7 @@
 How fast does this machine train with these flags, how far is that from what it can do, and how much faster
 than plain PyTorch?
 
-    python dev/bench.py                                             # the preset of this device, all objectives
+    python dev/bench.py                                     # the preset of this device, all objectives
     python dev/bench.py --preset tiny --objective ar vlm --repeats 40 --json bench.json
     python dev/bench.py --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_tokens 4096 \
         --vocab_size 4096 --optimizer adamw --compile on

@@ -193,6 +193,10 @@ def without_gradient(q, k, v, causal, mask):
     (almost(apply=lambda weights, v: weights), "the weights (B, H, T, S): they must still be applied"),
     (mixes_heads, "changes the result of another head"),
     (in_place, "changes q, k or v"),
+    (almost(scale=lambda q: (q.size(1) * q.size(-1)) ** -0.5), "q k^T times 0.144: it must be 1/sqrt(D)"),
+    (almost(after=lambda weights, hidden: weights * 0.25), "do not sum to 1 over the keys"),
+    (lambda q, k, v, causal, mask: (almost()(q, k, v, causal, mask), None), "returns a tuple"),
+    (lambda q, k, v, causal, mask: almost()(q, k.detach(), v, causal, mask), "no gradient reaches k"),
     (without_gradient, "no gradient reaches q, k and v"),
     (lambda q, k, v, causal, mask: None, "returns nothing (None)"),
     (lambda q, k, v, causal, mask: almost()(q, k, v, causal, mask).transpose(1, 2), "returns the shape"),
@@ -259,7 +263,18 @@ def one_hot_times_infinity(hidden, weight, targets, weights, vocab_size):
     return -(weights * (p * logits.log_softmax(dim=-1)).sum(dim=-1)).sum()
 
 
+def ignores_token_0(hidden, weight, targets, weights, vocab_size):
+    return nearly()(hidden, weight, targets, weights * (targets > 0).all(dim=1), vocab_size)
+
+
+def zero_logits_for_padding(hidden, weight, targets, weights, vocab_size):
+    logits = hidden @ weight.T * (torch.arange(len(weight)) < vocab_size)
+    return -(weights * logits.log_softmax(dim=-1).gather(1, targets).mean(dim=1)).sum()
+
+
 @pytest.mark.parametrize("solution, words", [
+    (ignores_token_0, "0 is an ordinary token"),
+    (zero_logits_for_padding, "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: None), "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: vocab_size + 1), "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: vocab_size - 1), "the last id is missing"),

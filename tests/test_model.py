@@ -45,13 +45,17 @@ def run_attention(q, k, v, causal=False, mask=None):
     given = [q.clone(), k.clone(), v.clone()]
     y = call(model_file.attention, *given, causal, mask)
 
-    explain(y is not None, "attention returns nothing (None): it must return a tensor (B, H, T, D)")
-    explain(torch.is_tensor(y), f"attention returns a {type(y).__name__}: it must return a tensor (B, H, T, D)")
+    explain(y is not None,
+            "attention returns nothing (None): it must return a tensor (B, H, T, D)")
+    explain(torch.is_tensor(y),
+            f"attention returns a {type(y).__name__}: it must return a tensor (B, H, T, D)")
     shape, expected = tuple(y.shape), (B, H, T, v.size(-1))
     explain(shape != (B, H, T, k.size(2)) or shape == expected,
-            "attention returns the weights (B, H, T, S): they must still be applied to the values v")
-    explain(shape == expected, f"attention returns the shape {shape} for queries of the shape {tuple(q.shape)}: "
-                               f"it must be {expected}, one mean of the values per query")
+            "attention returns the weights (B, H, T, S): they must still be applied to the "
+            "values v")
+    explain(shape == expected,
+            f"attention returns the shape {shape} for queries of the shape {tuple(q.shape)}: "
+            f"it must be {expected}, one mean of the values per query")
     explain(all(torch.equal(a, b) for a, b in zip(given, [q, k, v])),
             "attention changes q, k or v, which it was given: work on new tensors")
     hint = ": does the first query see a key? Its own position is visible" if causal else ""
@@ -74,8 +78,9 @@ def explain_sum(weights, seen):
     __tracebackhide__ = True
     total = weights.sum(dim=-1)
     worst = total.flatten()[(total - 1).abs().argmax()].item()
-    explain(abs(worst - 1) < 1e-4, f"the weights of a query sum to {worst:.3f} over {seen}, not to 1: hide keys "
-                                   "before the softmax, with the score -inf, not after it")
+    explain(abs(worst - 1) < 1e-4,
+            f"the weights of a query sum to {worst:.3f} over {seen}, not to 1: hide keys "
+            "before the softmax, with the score -inf, not after it")
 
 
 def explain_hidden(weights, hidden, what):
@@ -84,8 +89,8 @@ def explain_hidden(weights, hidden, what):
     weight = weights.masked_fill(~hidden, 0)
     place = np.unravel_index(weight.abs().argmax().item(), weight.shape)
     query, key = place[2] + 1, place[3] + 1
-    explain(weight.abs().max() < 1e-6, f"query {query} gives the weight {weight[place].item():.2g} to key {key}, "
-                                       f"{what}")
+    explain(weight.abs().max() < 1e-6,
+            f"query {query} gives the weight {weight[place].item():.2g} to key {key}, {what}")
 
 
 def explain_visible(weights, visible, why):
@@ -109,13 +114,16 @@ def test_attention_gives_one_result_per_query():
 def test_attention_is_a_softmax_over_the_keys():
     weights, _, _ = weights_of()
     axes = {0: "sequences of the batch", 1: "heads", 2: "queries"}
-    explain(weights.min() > -1e-6, "some weights are negative: is there a softmax over the scores?")
+    explain(weights.min() > -1e-6,
+            "some weights are negative: is there a softmax over the scores?")
     for axis, name in axes.items():
         explain((weights.sum(dim=axis) - 1).abs().max() > 1e-4,
-                f"the softmax is over the wrong axis: weights sum to 1 over the {name}, not over the keys")
+                f"the softmax is over the wrong axis: weights sum to 1 over the {name}, not "
+                "over the keys")
     worst = (weights.sum(dim=-1) - 1).abs().max().item()
-    explain(worst < 1e-4, f"the weights of a query do not sum to 1 over the keys (they are off by {worst:.2g}): "
-                          "is there a softmax over the last axis?")
+    explain(worst < 1e-4,
+            "the weights of a query do not sum to 1 over the keys (they are off by "
+            f"{worst:.2g}): is there a softmax over the last axis?")
 
 
 @pytest.mark.exercise5
@@ -125,8 +133,10 @@ def test_attention_keeps_heads_and_sequences_apart():
     k[1, 2] += 1.0
     v[1, 2] += 1.0
     changed = (run_attention(q, k, v) - before).abs().amax(dim=(-2, -1)) > 1e-4         # (B, H)
-    explain(not changed[0].any(), "a change in one sequence of the batch changes the result of another sequence")
-    explain(not changed[1, :2].any(), "a change in one head changes the result of another head")
+    explain(not changed[0].any(),
+            "a change in one sequence of the batch changes the result of another sequence")
+    explain(not changed[1, :2].any(),
+            "a change in one head changes the result of another head")
     explain(changed[1, 2], "the result does not depend on the keys and values")
 
 
@@ -147,11 +157,14 @@ def test_attention_scores_are_scaled():
     scale = ((scores * logs).sum() / scores.square().sum()).item()
     rest = (logs - scale * scores).abs().max().item()
 
-    explain(rest < 1e-2, "the weights are not a softmax of the dot products q k^T of each query with the keys of "
-                         "its own head and sequence")
-    explain(abs(scale - 1) > 1e-3, "the scores are not scaled: divide them by sqrt(D), here 4")
+    explain(rest < 1e-2,
+            "the weights are not a softmax of the dot products q k^T of each query with the "
+            "keys of its own head and sequence")
+    explain(abs(scale - 1) > 1e-3,
+            "the scores are not scaled: divide them by sqrt(D), here 4")
     explain(abs(scale - 1 / 4) < 1e-3,
-            f"the scores are q k^T times {scale:.3g}: it must be 1/sqrt(D), here 1/sqrt(16) = 0.25")
+            f"the scores are q k^T times {scale:.3g}: it must be 1/sqrt(D), here 1/sqrt(16) = "
+            "0.25")
 
 
 @pytest.mark.exercise5
@@ -176,7 +189,8 @@ def test_attention_hides_masked_keys():
     visible = (torch.arange(12) < lengths[:, None])[:, None, None, :]       # (B, 1, 1, S)
     weights, _, _ = weights_of(mask=visible)
     inverted = weights[0, ..., :7].abs().max() < 1e-6
-    explain(not inverted, "the mask is read the wrong way round: True means that a key is visible")
+    explain(not inverted,
+            "the mask is read the wrong way round: True means that a key is visible")
     explain_hidden(weights, ~visible, "which the mask hides (False): masked keys must get no weight")
     explain_visible(weights, visible, "the mask says that it is visible (True)")
     explain_sum(weights, "the visible keys")
@@ -209,22 +223,26 @@ def test_attention_equals_its_definition():
         k, v = [torch.randn(2, 3, S, D, generator=rng(seed)) for seed in (2, 3)]
         expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
         error = (run_attention(q, k, v, causal).double() - expected).abs().max().item()
-        explain(error < 1e-4, f"attention is off by up to {error:.2g} from softmax(q k^T / sqrt(D)) v "
-                              f"(causal {causal}, {T} queries, {S} keys, D = {D})")
+        explain(error < 1e-4,
+                f"attention is off by up to {error:.2g} from softmax(q k^T / sqrt(D)) v "
+                f"(causal {causal}, {T} queries, {S} keys, D = {D})")
 
 
 @pytest.mark.exercise5
 def test_attention_can_be_trained():
     given = [torch.randn(2, 3, 6, 4, generator=rng(seed)).requires_grad_() for seed in (1, 2, 3)]
     y = call(model_file.attention, *given, True, None)
-    explain(y.requires_grad, "no gradient reaches q, k and v: compute with tensors from end to end")
+    explain(y.requires_grad,
+            "no gradient reaches q, k and v: compute with tensors from end to end")
     y.square().sum().backward()
     plain = [x.detach().double().requires_grad_() for x in given]
     F.scaled_dot_product_attention(*plain, is_causal=True).square().sum().backward()
     for name, x, expected in zip("qkv", given, plain):
-        explain(x.grad is not None, f"no gradient reaches {name}: compute with tensors from end to end")
+        explain(x.grad is not None,
+                f"no gradient reaches {name}: compute with tensors from end to end")
         error = (x.grad - expected.grad).abs().max().item()
-        explain(error < 1e-3, f"the gradient with respect to {name} is off by up to {error:.2g}")
+        explain(error < 1e-3,
+                f"the gradient with respect to {name} is off by up to {error:.2g}")
 
 # -----------------------------------------------------------------------------
 # Exercise 5: the loss
@@ -235,15 +253,19 @@ def run_loss(hidden, weight, targets, weights, vocab_size):
     given = [hidden.clone(), weight.clone(), targets.clone(), weights.clone()]
     loss = call(model_file.plain_loss, *given, vocab_size)
 
-    explain(loss is not None, "plain_loss returns nothing (None): it must return one number, a tensor")
-    explain(torch.is_tensor(loss), f"plain_loss returns a {type(loss).__name__}: it must return a tensor, "
-                                   "whose gradient can be taken")
-    explain(loss.numel() == 1, f"plain_loss returns the shape {tuple(loss.shape)}: it must return one number, the "
-                               "sum over the positions")
+    explain(loss is not None,
+            "plain_loss returns nothing (None): it must return one number, a tensor")
+    explain(torch.is_tensor(loss),
+            f"plain_loss returns a {type(loss).__name__}: it must return a tensor, whose "
+            "gradient can be taken")
+    explain(loss.numel() == 1,
+            f"plain_loss returns the shape {tuple(loss.shape)}: it must return one number, "
+            "the sum over the positions")
     explain(all(torch.equal(a, b) for a, b in zip(given, [hidden, weight, targets, weights])),
             "plain_loss changes the tensors that it was given: work on new ones")
-    explain(loss.isfinite().all(), f"the loss is {loss.item()}: is there a log of 0, or 0 times the -inf of an id "
-                                   "that is never predicted?")
+    explain(loss.isfinite().all(),
+            f"the loss is {loss.item()}: is there a log of 0, or 0 times the -inf of an id "
+            "that is never predicted?")
     return loss.item()
 
 
@@ -272,14 +294,19 @@ def test_loss_of_a_uniform_guess_is_log_vocab_size_nats():
     """64 ids, all of them text, and hidden = 0: each has probability 1/64."""
     _, weight, targets, _, _ = loss_inputs(1, 1)
     loss = run_loss(torch.zeros(1, 8), weight, targets, torch.ones(1), 64)
-    explain(not near(loss, math.log2(64)), "the loss is in bits (log2): it must be in nats (log)")
-    explain(loss > -1e-5, f"the loss is negative ({loss:.3f}): it is minus the log-probability")
-    explain(not near(loss, 0), "the loss of a uniform guess is 0: is the softmax over the wrong axis? It must be "
-                               "over the vocabulary")
-    explain(not near(loss, math.log(63)), "the loss of a uniform guess among 64 ids is log 63: the last id is "
-                                          "missing (ids are 0 .. vocab_size-1)")
+    explain(not near(loss, math.log2(64)),
+            "the loss is in bits (log2): it must be in nats (log)")
+    explain(loss > -1e-5,
+            f"the loss is negative ({loss:.3f}): it is minus the log-probability")
+    explain(not near(loss, 0),
+            "the loss of a uniform guess is 0: is the softmax over the wrong axis? It must "
+            "be over the vocabulary")
+    explain(not near(loss, math.log(63)),
+            "the loss of a uniform guess among 64 ids is log 63: the last id is missing (ids "
+            "are 0 .. vocab_size-1)")
     explain(near(loss, math.log(64)),
-            f"the loss of a uniform guess among 64 ids is {loss:.3f}: it must be log 64 = {math.log(64):.3f} nats")
+            f"the loss of a uniform guess among 64 ids is {loss:.3f}: it must be log 64 = "
+            f"{math.log(64):.3f} nats")
 
 
 @pytest.mark.exercise5
@@ -287,11 +314,16 @@ def test_mask_token_and_padding_have_no_probability():
     """The probabilities of the 50 text ids, one loss each, sum to 1: nothing is left for ids 50 .. 63."""
     hidden, weight, _, _, _ = loss_inputs(1, 1)
     losses = [run_loss(hidden, weight, torch.tensor([[i]]), torch.ones(1), 50) for i in range(50)]
+    explain(losses[0] > 1e-6,
+            "a target with the id 0 does not count: 0 is an ordinary token, no sign for "
+            "unused")
     total = sum(math.exp(-loss) for loss in losses)
-    explain(total > 1 - 1e-4, f"the probabilities of the text ids sum to {total:.3f}, not to 1: the mask token or "
-                              "padding gets probability. Ids from vocab_size on must have the logit -inf")
-    explain(total < 1 + 1e-4, f"the probabilities of the text ids sum to {total:.3f}, not to 1: is the softmax "
-                              "over the vocabulary?")
+    explain(total > 1 - 1e-4,
+            f"the probabilities of the text ids sum to {total:.3f}, not to 1: the mask token "
+            "or padding gets probability. Ids from vocab_size on must have the logit -inf")
+    explain(total < 1 + 1e-4,
+            f"the probabilities of the text ids sum to {total:.3f}, not to 1: is the softmax "
+            "over the vocabulary?")
 
 
 @pytest.mark.exercise5
@@ -299,8 +331,9 @@ def test_loss_is_that_of_the_target():
     hidden, weight, targets, _, vocab_size = loss_inputs(1, 1)
     loss = run_loss(hidden, weight, targets, torch.ones(1), vocab_size)
     expected = losses_of_targets(hidden, weight, targets, vocab_size).item()
-    explain(near(loss, expected), f"the loss of one position with one target is {loss:.4f}: -log softmax(hidden "
-                                  f"weight^T)[target] is {expected:.4f}")
+    explain(near(loss, expected),
+            f"the loss of one position with one target is {loss:.4f}: -log softmax(hidden "
+            f"weight^T)[target] is {expected:.4f}")
 
 
 @pytest.mark.exercise5
@@ -310,13 +343,17 @@ def test_loss_averages_the_alternatives():
     losses = losses_of_targets(hidden, weight, targets, vocab_size)[0]
     loss = run_loss(hidden, weight, targets, torch.ones(1), vocab_size)
     explain(not near(loss, losses.sum().item()),
-            "the K targets of a position are summed: their log-probabilities must be averaged")
+            "the K targets of a position are summed: their log-probabilities must be "
+            "averaged")
     explain(not near(loss, -(-losses).exp().mean().log().item()),
-            "the probabilities of the K targets are averaged: average their log-probabilities")
-    explain(not near(loss, losses[0].item()), "only the first of the K targets of a position counts: their "
-                                              "log-probabilities must be averaged")
-    explain(near(loss, losses.mean().item()), f"with K = 3 targets the loss is {loss:.4f}: the mean over the three "
-                                              f"is {losses.mean().item():.4f}")
+            "the probabilities of the K targets are averaged: average their "
+            "log-probabilities")
+    explain(not near(loss, losses[0].item()),
+            "only the first of the K targets of a position counts: their log-probabilities "
+            "must be averaged")
+    explain(near(loss, losses.mean().item()),
+            f"with K = 3 targets the loss is {loss:.4f}: the mean over the three is "
+            f"{losses.mean().item():.4f}")
 
 
 @pytest.mark.exercise5
@@ -327,13 +364,17 @@ def test_loss_is_the_weighted_sum_over_positions():
     loss = run_loss(hidden, weight, targets, weights, vocab_size)
     explain(not near(loss, losses.sum().item()) and not near(loss, losses.mean().item()),
             "the weights are ignored: every position counts weights[n] times")
-    explain(not near(loss, expected / weights.sum().item()), "the loss is divided by the sum of the weights: the "
-            "training loop does that already, over the whole batch, so return the sum")
-    explain(not near(loss, expected / 6), "the loss is the mean over the positions: return the sum, the training "
-            "loop divides it by the sum of the weights")
-    explain(not near(loss, (weights.double() ** 2 * losses).sum().item()), "the weights count twice")
-    explain(near(loss, expected), f"the loss of six positions is {loss:.4f}: the sum of weights[n] times the loss "
-                                  f"of position n is {expected:.4f}")
+    explain(not near(loss, expected / weights.sum().item()),
+            "the loss is divided by the sum of the weights: the training loop does that "
+            "already, over the whole batch, so return the sum")
+    explain(not near(loss, expected / 6),
+            "the loss is the mean over the positions: return the sum, the training loop "
+            "divides it by the sum of the weights")
+    explain(not near(loss, (weights.double() ** 2 * losses).sum().item()),
+            "the weights count twice")
+    explain(near(loss, expected),
+            f"the loss of six positions is {loss:.4f}: the sum of weights[n] times the loss "
+            f"of position n is {expected:.4f}")
 
 
 @pytest.mark.exercise5
@@ -342,8 +383,9 @@ def test_slots_of_weight_0_do_not_count():
     weights[3:] = 0
     loss = run_loss(hidden, weight, targets, weights, vocab_size)
     used = run_loss(hidden[:3], weight, targets[:3], weights[:3], vocab_size)
-    explain(near(loss, used), f"three slots of weight 0 change the loss from {used:.4f} to {loss:.4f}: they must "
-                              "not count")
+    explain(near(loss, used),
+            f"three slots of weight 0 change the loss from {used:.4f} to {loss:.4f}: they "
+            "must not count")
 
 
 @pytest.mark.exercise5
@@ -353,8 +395,9 @@ def test_loss_equals_its_definition():
         losses = losses_of_targets(hidden, weight, targets, vocab_size).mean(dim=1)
         expected = (weights.double() * losses).sum().item()
         loss = run_loss(hidden, weight, targets, weights, vocab_size)
-        explain(near(loss, expected), f"the loss of N = {N} positions with K = {K} targets is {loss:.4f}: by its "
-                                      f"definition it is {expected:.4f}")
+        explain(near(loss, expected),
+                f"the loss of N = {N} positions with K = {K} targets is {loss:.4f}: by its "
+                f"definition it is {expected:.4f}")
 
 
 @pytest.mark.exercise5
@@ -362,16 +405,19 @@ def test_loss_can_be_trained():
     hidden, weight, targets, weights, vocab_size = loss_inputs(5, 3)
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     loss = call(model_file.plain_loss, *ours, targets, weights, vocab_size)
-    explain(loss.requires_grad, "no gradient reaches hidden and weight: compute with tensors from end to end")
+    explain(loss.requires_grad,
+            "no gradient reaches hidden and weight: compute with tensors from end to end")
     loss.sum().backward()
 
     plain = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     losses = losses_of_targets(*plain, targets, vocab_size).mean(dim=1)
     (weights.double() * losses).sum().backward()
     for name, x, expected in zip(["hidden", "weight"], ours, plain):
-        explain(x.grad is not None, f"no gradient reaches {name}: compute with tensors from end to end")
+        explain(x.grad is not None,
+                f"no gradient reaches {name}: compute with tensors from end to end")
         error = (x.grad - expected.grad).abs().max().item()
-        explain(error < 1e-3, f"the gradient with respect to {name} is off by up to {error:.2g}")
+        explain(error < 1e-3,
+                f"the gradient with respect to {name} is off by up to {error:.2g}")
 
 # -----------------------------------------------------------------------------
 # What a position of the model sees, and what it may predict
@@ -402,9 +448,11 @@ def test_causality(causal):
         y[0, k] = (x[0, k] + 1) % 70
         moved = (model.features(y) - before).abs().amax(dim=-1)[0] > 1e-4   # (T,)
         if causal:
-            explain(not moved[:k].any(), f"causal: token {k + 1} changes an earlier position: the model sees the "
-                                         "future")
-            explain(moved[k:].all(), f"causal: a position does not see the earlier token {k + 1}")
+            explain(not moved[:k].any(),
+                    f"causal: token {k + 1} changes an earlier position: the model sees the "
+                    "future")
+            explain(moved[k:].all(),
+                    f"causal: a position does not see the earlier token {k + 1}")
         else:
             explain(moved.all(), f"bidirectional: not every position sees token {k + 1}")
 
@@ -415,7 +463,9 @@ def test_order_of_the_context_matters(causal):
     y = x.clone()
     y[0, [2, 7]] = x[0, [7, 2]]
     moved = (model.features(x) - model.features(y))[0, -1].abs().max()
-    explain(moved > 1e-4, "two tokens of the context change places and nothing happens: positions are not encoded")
+    explain(moved > 1e-4,
+            "two tokens of the context change places and nothing happens: positions are not "
+            "encoded")
 
 
 @both
@@ -427,7 +477,8 @@ def test_padding_does_not_change_real_tokens(causal):
     for row, n in enumerate(lengths):
         alone = model.features(x[row:row + 1, :n])
         error = (features[row, :n] - alone[0]).abs().max()
-        explain(error < 1e-4, f"padding changes the features of the {n} real tokens before it")
+        explain(error < 1e-4,
+                f"padding changes the features of the {n} real tokens before it")
 
 
 @pytest.mark.parametrize("vocab_size", [63, 64, 70])
@@ -437,10 +488,13 @@ def test_mask_token_and_padding_are_never_predicted(vocab_size):
     assert c.mask_token == vocab_size < c.padded_vocab_size and c.padded_vocab_size % 64 == 0
     p = model.logits(model.features(ids() % (vocab_size + 1))).softmax(dim=-1)
     assert p.dtype == torch.float32 and p.shape == (3, 12, c.padded_vocab_size)
-    explain((p[..., vocab_size] == 0).all(), "the model can predict the mask token: its logit must be -inf")
-    explain((p[..., vocab_size:] == 0).all(), "the model can predict an id that only pads the vocabulary: its logit "
-                                              "must be -inf")
-    explain((p[..., :vocab_size] > 0).all(), "an id that stands for text can never be predicted")
+    explain((p[..., vocab_size] == 0).all(),
+            "the model can predict the mask token: its logit must be -inf")
+    explain((p[..., vocab_size:] == 0).all(),
+            "the model can predict an id that only pads the vocabulary: its logit must be "
+            "-inf")
+    explain((p[..., :vocab_size] > 0).all(),
+            "an id that stands for text can never be predicted")
     torch.testing.assert_close(p[..., :vocab_size].sum(dim=-1), torch.ones(3, 12))
 
 
@@ -449,8 +503,9 @@ def test_fresh_model_predicts_uniformly_enough():
     model = Transformer(Config(vocab_size=70, block_size=12, n_layer=2, n_head=2, n_embd=64))
     x = ids() % 70
     loss = model(x, torch.arange(36), torch.randint(70, (36, 1)), torch.ones(36)) / 36
-    explain(abs(loss.item() - math.log(70)) < 0.1, f"the loss before training is {loss.item():.2f}, not that of a "
-                                                   f"uniform guess, log 70 = {math.log(70):.2f}")
+    explain(abs(loss.item() - math.log(70)) < 0.1,
+            f"the loss before training is {loss.item():.2f}, not that of a uniform guess, log "
+            f"70 = {math.log(70):.2f}")
 
 
 def test_odd_heads_are_refused():
@@ -459,7 +514,7 @@ def test_odd_heads_are_refused():
             Transformer(Config(**sizes))
 
 # -----------------------------------------------------------------------------
-# The model against a plain reference: numpy, float64, one query at a time, rotary positions as complex numbers
+# The model against a plain reference: numpy, float64, one query at a time, complex rotary positions
 
 def reference_features(model, inputs, layer=None):
     """inputs (T,) -> (T, C)."""
@@ -611,7 +666,8 @@ def test_cross_entropy_and_its_gradients_are_those_of_plain_loss(monkeypatch, K,
     expected = gradients(plain, [hidden.double(), weight.double()])
     for name, a, b in zip(["loss", "gradient with respect to hidden", "gradient with respect to weight"],
                           ours, expected):
-        explain((a - b).norm() < tolerance * b.norm(), f"CrossEntropy's {name} is not that of plain_loss")
+        explain((a - b).norm() < tolerance * b.norm(),
+                f"CrossEntropy's {name} is not that of plain_loss")
 
 
 def test_plain_loss_is_torchs_own():
@@ -685,7 +741,8 @@ def test_peak_of_a_card_in_the_table(monkeypatch, name, peak):
     "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA H20", "NVIDIA H800", "NVIDIA B200",
     "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100X", "NVIDIA A10",
     "NVIDIA L40", "NVIDIA L4 Laptop GPU", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
-    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA RTX 4090", "NVIDIA H100", "NVIDIA A100", "Tesla T4", "AMD MI300X", ""])
+    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA RTX 4090", "NVIDIA H100", "NVIDIA A100", "Tesla T4",
+    "AMD MI300X", ""])
 def test_another_card_has_no_peak(monkeypatch, name):
     """No utilisation is better than that of a card which is faster or slower."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -709,7 +766,7 @@ def test_every_process_of_torchrun_touches_its_own_gpu_only(asked, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reuse_memory is for Linux with glibc")
 def test_reuse_memory_saves_the_page_faults_of_large_buffers():
-    """Buffers of 64 MiB are 16,384 pages each, if the kernel has to clear them again. The first few always are."""
+    """Buffers of 64 MiB are 16,384 pages each, if the kernel has to clear them again, as it does at first."""
     code = """
 import common, resource, torch
 
