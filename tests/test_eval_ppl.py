@@ -672,6 +672,9 @@ def test_bits_per_byte_only_where_there_is_a_code(work, capsys):
         for name in names:
             result = report_of(f"{name}/eval_ppl_{TEXT_NAME}_{method}.json")["all"]
             assert ("bits_per_byte" in result) == ("word_perplexity" in result) == has
+    eval_ppl.main(["--checkpoint", "out/dar", "--text", "t.txt", "--max_windows", "2"])
+    result = report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["all"]
+    assert "bits_per_byte" not in result and "Published ones differ" not in capsys.readouterr().out
 
 
 def test_context_on_the_command_line(work, capsys):
