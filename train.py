@@ -268,9 +268,9 @@ def loop(args, model, fast, optimizers, make, validate, done, step_flops):
     saved = done["step"]
     pending = []                                # (loss, gradient norm) of the steps since the last log line
     clock = time.time()
-    bar = tqdm(total=args.max_iters, initial=done["step"], disable=rank != 0, dynamic_ncols=True)
 
-    with stop_signals() as signals, stop_vote(signals) as vote:
+    with (progress_bar(args.max_iters, done["step"]) as bar, stop_signals() as signals,
+          stop_vote(signals) as vote):
         for step, batches in prefetch(make, done["step"], args.max_iters):
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
@@ -315,7 +315,6 @@ def loop(args, model, fast, optimizers, make, validate, done, step_flops):
                 save_checkpoint(args.out_dir, model, optimizers, step, tokens)
                 saved = step
             if stop and not final:
-                bar.close()
                 say(f"stopped at step {step} and saved; resume with: "
                     f"python train.py --resume --out_dir {shlex.quote(args.out_dir)}")
                 leave_together()
@@ -323,7 +322,6 @@ def loop(args, model, fast, optimizers, make, validate, done, step_flops):
             pending = []
             clock = time.time()
 
-    bar.close()
     return line["val_loss"]
 
 
@@ -452,6 +450,19 @@ def say(text):
     if rank_and_world()[0] == 0:
         with output_may_close():
             tqdm.write(text)
+
+@contextlib.contextmanager
+def progress_bar(total, initial):
+    """tqdm's bar on the screen of the first process. A screen that is gone does not end the run."""
+    rank, _ = rank_and_world()
+    bar = tqdm(disable=True)
+    with output_may_close():
+        bar = tqdm(total=total, initial=initial, disable=rank != 0, dynamic_ncols=True)
+    try:
+        yield bar
+    finally:
+        with output_may_close():
+            bar.close()
 
 # -----------------------------------------------------------------------------
 # Data and options
