@@ -3,10 +3,10 @@ Perplexity of causal and masked models on the same text. A masked model has one 
 four definitions, each with a name, and none mixed with another.
 
     python eval_ppl.py --checkpoint out/vlm --val                   # its validation split, no download
-    python eval_ppl.py --checkpoint out/ar out/dar out/mlm out/vlm  # WikiText-2 raw test, one column per model
+    python eval_ppl.py --checkpoint out/ar out/dar out/mlm out/vlm  # WikiText-2 raw test, one column each
     python eval_ppl.py --checkpoint out/mlm out/vlm --suffix matched --text book.txt --plot book.png
     python eval_ppl.py --checkpoint out/mlm out/vlm --method bound  # also: pseudo, confidence (masked models)
-    python eval_ppl.py --checkpoint out/ar out/vlm --val --context 4 8 16 32    # gain from context by distance
+    python eval_ppl.py --checkpoint out/ar out/vlm --val --context 4 8 16 32    # what context is worth
 
     method         averaged over the text, nats per token             a likelihood?   forward passes per window
     left-to-right  -log P(x[k+1] | x[1..k])                           yes             causal 1, masked 1 per k
