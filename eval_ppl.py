@@ -3,10 +3,10 @@ Perplexity of causal and masked models on the same text. A masked model has one 
 four definitions, each with a name, and none mixed with another.
 
     python eval_ppl.py --checkpoint out/vlm --val                   # its validation split, no download
-    python eval_ppl.py --checkpoint out/ar out/dar out/mlm out/vlm  # WikiText-2 raw test, one column per model
+    python eval_ppl.py --checkpoint out/ar out/dar out/mlm out/vlm  # WikiText-2 raw test, one column each
     python eval_ppl.py --checkpoint out/mlm out/vlm --suffix matched --text book.txt --plot book.png
     python eval_ppl.py --checkpoint out/mlm out/vlm --method bound  # also: pseudo, confidence (masked models)
-    python eval_ppl.py --checkpoint out/ar out/vlm --val --context 4 8 16 32    # gain from context by distance
+    python eval_ppl.py --checkpoint out/ar out/vlm --val --context 4 8 16 32    # what context is worth
 
     method         averaged over the text, nats per token             a likelihood?   forward passes per window
     left-to-right  -log P(x[k+1] | x[1..k])                           yes             causal 1, masked 1 per k
@@ -95,14 +95,14 @@ def batches(n, batch_size):
     return np.split(np.arange(n), range(batch_size, n, batch_size))
 
 # -----------------------------------------------------------------------------
-# The four definitions. x: (n, T) int64 windows of text. Each returns Scores with fields (n, T), 0 where a token
-# was not scored, and weights (n, T): how many tokens of the text each score stands for in the mean over all.
+# The four definitions. x: (n, T) int64 windows of text. Each returns Scores with fields (n, T), 0 where a
+# token was not scored, and weights (n, T): how many tokens each score stands for in the mean over all.
 
 class Settings(NamedTuple):
     batch_size: int = 64                # sequences per forward pass
-    samples: int = 8                    # per window: mask counts (bound), prompt lengths (left-to-right, masked)
+    samples: int = 8                    # per window: mask counts (bound), prompt lengths (left-to-right)
     prompt_lengths: tuple = ()          # left-to-right: lengths at which every window is scored
-    masks: np.ndarray = None            # left-to-right, masked: (T,) how many masks follow a prompt of k tokens
+    masks: np.ndarray = None            # (T,) left-to-right: how many masks follow a prompt of k tokens
 
 
 def left_to_right(model, x, settings):
@@ -245,7 +245,8 @@ def confidence(model, x, settings):
             surest = scores.surest.reshape(-1, left)                    # (B, left)
             equal = surest <= surest.min(axis=1, keepdims=True) + 1e-4  # all are, where all is masked
             best = equal.argmax(axis=1)                                 # (B,), into position
-            j = position.gather(1, torch.from_numpy(best[:, None]).to(x.device))        # (B, 1), into the window
+            column = torch.from_numpy(best[:, None]).to(x.device)       # (B, 1)
+            j = position.gather(1, column)                              # (B, 1), into the window
             chosen = np.arange(len(rows)) * left + best                 # (B,), into the flat scores
             out[:, rows, j[:, 0].numpy(force=True)] = [field[chosen] for field in scores]
             inputs = inputs.scatter(1, j, window.gather(1, j))
@@ -259,7 +260,7 @@ class Method(NamedTuple):
     windows: int                        # how many are taken by default
     note: str                           # what one has to know to read the numbers
     needs_masks: bool = True            # does not apply to causal models
-    code_length: bool = True            # the sum is the length of a code, or bounds it: bits per byte make sense
+    code_length: bool = True            # the sum is the length of a code or bounds it: bits per byte exist
     by_prompt: bool = False             # the first token of a window is only read, and prompt lengths apply
 
 
@@ -286,7 +287,7 @@ SUFFIXES = {                            # left-to-right: what a masked model see
 
 
 def masks_after_prompt(suffix, T, most):
-    """(T,) int64: how many masks follow a prompt of k tokens. most: of a sequence in training, see objectives."""
+    """(T,) int64: how many masks follow a prompt of k tokens. most: masks of a sequence in training."""
     room = T - np.arange(T)
     if suffix == "one":
         return np.ones_like(room)
@@ -298,10 +299,10 @@ def masks_after_prompt(suffix, T, most):
 def last_tokens_only(model, x, wanted, m, settings):
     """-log P(x[k+1] | x[k-m+1..k]) at the wanted tokens: only the m tokens before it are visible.
 
-    The model sees these m tokens as if the text began with them, in the first m positions. A masked model sees
-    settings.masks[m] masks after them, as after any prompt of m tokens, and is read out at the first. So it is
-    `left_to_right` after m tokens, but the same tokens can be scored for every m. wanted: (n, T) bool, with
-    at least m tokens before each. Scores have fields (n, T).
+    The model sees these m tokens as if the text began with them, in the first m positions. A masked model
+    sees settings.masks[m] masks after them, as after any prompt of m tokens, and is read out at the first.
+    So it is `left_to_right` after m tokens, but the same tokens can be scored for every m. wanted: (n, T)
+    bool, with at least m tokens before each. Scores have fields (n, T).
     """
     rows, places = wanted.nonzero()                                     # (N,), (N,)
     causal = model.config.causal
@@ -416,7 +417,7 @@ def standard_lengths(T):
 
 
 def evaluate(model, x, method, settings, contexts=()):
-    """All that is measured of a model on windows x (n, T): {name: (Scores, weights)}, fields and weights (n, T).
+    """All that is measured of a model on windows x (n, T): {name: (Scores, weights)}, all of shape (n, T).
 
     Names: "all", for left-to-right every prompt length k, and "context M" and "context all" for contexts.
     """
@@ -470,7 +471,7 @@ def measure(checkpoint, windows, method, settings, contexts, device):
 
 
 def frequencies_alone(checkpoint, x, weights):
-    """Nats per token of the same tokens by word frequencies alone: the unigram model of the training tokens."""
+    """Nats per token of the same tokens by the unigram model of the training tokens, or None."""
     if checkpoint.unigram is None:
         return None
     nats = float((-checkpoint.unigram[x] * weights).sum() / weights.sum())
@@ -520,7 +521,7 @@ def wikitext(folder):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark. Raises ValueError, one line, for other encodings."""
+    """The text of a UTF-8 file, without a byte order mark. Raises ValueError for other encodings."""
     raw = Path(path).read_bytes()
     quoted = shlex.quote(str(path))
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:1000]:
@@ -534,7 +535,10 @@ def read_text(path):
 
 
 def read_tokens(args, checkpoint):
-    """The Text that is asked for, in the vocabulary of a LoadedCheckpoint. Raises ValueError or OSError, one line."""
+    """The Text that is asked for, in the vocabulary of a LoadedCheckpoint.
+
+    Raises ValueError or OSError, one line.
+    """
     if args.val:
         return validation_split(args, checkpoint)
     path = Path(args.text) if args.text else wikitext(args.wikitext_dir)
@@ -560,8 +564,8 @@ def validation_split(args, checkpoint):
 
 
 def encode(text, encoding):
-    """Token ids of a text, (n,) int64. It is encoded in pieces that no token crosses: the tokenizer fails on
-    very long strings."""
+    """Token ids of a text, (n,) int64. It is encoded in pieces that no token crosses, since the tokenizer
+    fails on very long strings."""
     ids = []
     for piece, _ in documents.cut([text]):
         ids += encoding.encode_ordinary(piece)
@@ -583,8 +587,9 @@ def article_starts(text, ids, encoding):
 def cut_windows(text, T, limit, eot):
     """Windows of T tokens, each after the one token before it (`eot` at the start of a stream).
 
-    They do not overlap or cross from one stream into the next. A stream's last tokens, fewer than T, are not
-    used. Of more than `limit` (0: none) that many are taken, evenly spread. Raises ValueError if there are none.
+    They do not overlap or cross from one stream into the next. A stream's last tokens, fewer than T, are
+    not used. Of more than `limit` (0: none) that many are taken, evenly spread. Raises ValueError if there
+    are none.
     """
     places = [(number, start) for number, stream in enumerate(text.streams)
               for start in range(0, len(stream) - T + 1, T)]
@@ -609,8 +614,10 @@ def cut_windows(text, T, limit, eot):
 
 
 def clusters(document):
-    """What is independent: (n, T) numbers from 0 of the documents that occur, and "documents". If there is only
-    one, the windows have to do: numbers of the rows, and "windows"."""
+    """What is independent: (n, T) numbers from 0 of the documents that occur, and "documents".
+
+    If there is only one, the windows have to do: numbers of the rows, and "windows".
+    """
     found, number = np.unique(document, return_inverse=True)
     if len(found) > 1:
         return number.reshape(document.shape), "documents"
@@ -736,9 +743,9 @@ def build_parser():
     p.add_argument("--method", choices=METHODS, default="left-to-right",
                    help="definition, see the top of the file")
     p.add_argument("--suffix", choices=SUFFIXES, default="full",
-                   help="left-to-right, masked models: what follows the prompt. full: masks up to block_size, "
-                        "as in generation; one: one mask; matched: at most as many masks as the model saw "
-                        "in training")
+                   help="left-to-right, masked models: what follows the prompt. full: masks up to "
+                        "block_size, as in generation; one: one mask; matched: at most as many masks as "
+                        "the model saw in training")
     text = p.add_mutually_exclusive_group()
     text.add_argument("--text", metavar="FILE",
                       help="UTF-8 text to use in place of WikiText-2's raw test split")
@@ -793,16 +800,21 @@ def load(path, args):
     """A LoadedCheckpoint. Raises ValueError, one line."""
     model, config = load_checkpoint(path, args.device)
     model.dtype = pick_dtype(args.dtype, args.device)
+
+    # The objective, with the flags of its training
     train = config.setdefault("train", {})
     known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
     known["block_size"] = model.config.block_size
     known["vocab_size"] = model.config.vocab_size
+
+    # Word frequencies, which train.py copied from the dataset
     try:
         unigram = data.load_unigram(path)
     except DataError:
         unigram = None
     if unigram is not None and len(unigram) != model.config.vocab_size:
         raise ValueError(f"{path}: unigram.npy does not belong to this model's vocabulary")
+
     objective = OBJECTIVES.get(train.get("objective"))
     encoding = tokenizer.load_tokenizer(path)
     return LoadedCheckpoint(path, model, config, encoding, objective, Options(**known), unigram)
@@ -852,7 +864,8 @@ def evaluate_checkpoint(checkpoint, text, windows, args, command):
     if masks_follow:
         notes[0] += f" and {SUFFIXES[suffix]}; all: {args.samples} prompt lengths per window"
     if checkpoint.ahead > 1:
-        notes.append(f"trained on one of the next {checkpoint.ahead} tokens, scored as if it were the next one")
+        notes.append(f"trained on one of the next {checkpoint.ahead} tokens, "
+                     "scored as if it were the next one")
     if checkpoint.unigram is None:
         notes.append("no unigram.npy in the folder, so no word frequencies to compare with")
     ending = f"-{suffix}" if suffix in ("one", "matched") else ""

@@ -197,7 +197,8 @@ def encode_beginning(text, encoding):
         "def " -> "def",    "if x:\\n    " -> "if", " x", ":", "\\n   ",    "x\\n\\n" -> "x", "\\n", "\\n"
     """
     last = text[-1:]
-    if last == " " and any(token.startswith(b" ") and len(token) > 1 for token in encoding.token_byte_values()):
+    words_bring_spaces = any(re.match(rb" \w", token) for token in encoding.token_byte_values())
+    if last == " " and words_bring_spaces:
         return encoding.encode_ordinary(text[:-1])
     if last.isspace():
         return encoding.encode_ordinary(text[:-1]) + encoding.encode_ordinary(last)

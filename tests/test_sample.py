@@ -248,7 +248,7 @@ def test_randomness(causal):
 
 def code_tokenizer():
     with open(sample.__file__) as file:
-        return tokenizer.make_tokenizer("bpe:400", [file.read()])
+        return tokenizer.make_tokenizer("bpe:400", [file.read() + "x\n\n\n\ny" * 99])
 
 
 @pytest.fixture(scope="module")
