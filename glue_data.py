@@ -238,15 +238,15 @@ def read_lines(path):
 
     Lines end at a newline only: the text holds other characters at which str.splitlines would cut.
     """
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+        raise DataError(f"{path} is UTF-16: convert it to UTF-8")
     try:
         text = "".join(decoded(path))
     except UnicodeDecodeError as error:
-        with open(path, "rb") as file:
-            encoding = "UTF-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "perhaps Latin-1"
-        raise DataError(f"{path} is not UTF-8 but {encoding} ({error.reason}): "
+        raise DataError(f"{path} is not UTF-8 ({error.reason}), perhaps Latin-1: "
                         "convert it to UTF-8") from None
-    if "\0" in text[:1000]:
-        raise DataError(f"{path} is not UTF-8 but UTF-16: convert it to UTF-8")
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
