@@ -56,6 +56,29 @@ def one_line_errors(*kinds):
         sys.exit(2)
 
 
+def show_any_character():
+    """Let the screen show "?" instead of failing where it has no such character (pipes on Windows)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def output_may_close():
+    """For a print inside of a long run: if nobody reads it any more (`| head`, a closed terminal), it is
+    dropped, and the run goes on."""
+    try:
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds "(default: X)" to the help of a flag, unless X is None, empty, or the flag is a switch."""
     def _get_help_string(self, action):
@@ -96,15 +119,44 @@ def close_on_disk(file):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary binary file, flush it to disk, rename it to `path`."""
-    with open(f"{path}.tmp", "wb") as file:
-        write(file)
-        close_on_disk(file)
-    os.replace(file.name, path)
+    """Call write(file) on a temporary binary file, flush it to disk, rename it to `path`.
+
+    If that fails, `path` is what it was and nothing is left behind.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            close_on_disk(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def write_json(path, value):
     write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+@contextlib.contextmanager
+def hold(folder):
+    """Make `folder` and let nobody else hold it meanwhile: a second process gets a DataError.
+
+    A killed process leaves no lock. Where the file system has no locks (Windows, some network drives) there
+    is none.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is working in {folder}: wait for it, or name another --out_dir"
+                            ) from None
+        except OSError:                     # a file system without locks
+            pass
+        yield
 
 
 @contextlib.contextmanager
@@ -188,14 +240,32 @@ def fetch(url, path, sha256=None, size=None):
 # -----------------------------------------------------------------------------
 # Devices
 
+# Dense bfloat16 FLOP/s by the data sheets, {the name that the driver reports: peak}. Names are matched as a
+# whole: a laptop's RTX 4090, a slice of an A100 (MIG) or an H100 NVL is a different card
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 PCIe": 756e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-SXM4-80GB": 312e12,
+    "A100-PCIE-40GB": 312e12,
+    "A100 80GB PCIe": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "GeForce RTX 4090": 165e12,
+    "GeForce RTX 3090": 71e12,
+}
+
+
 def peak_flops(device):
-    """Dense bfloat16 FLOP/s by the data sheet,
-    or None for a device that is not listed: no utilisation, not a wrong one.
+    """Dense bfloat16 FLOP/s by the data sheet, or None for a card that is not in PEAK_FLOPS: no utilisation
+    is better than a wrong one.
     """
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-             "L4": 121e12, "A10G": 70e12, "4090": 165e12, "3090": 71e12}
-    return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return PEAK_FLOPS.get(name.removeprefix("NVIDIA "))         # older drivers leave out the prefix
 
 
 def add_device_flags(parser, dtype="auto"):
@@ -208,44 +278,57 @@ def add_device_flags(parser, dtype="auto"):
 
 
 def pick_device(device="auto"):
-    """The device to use; "auto" takes a GPU if there is one, and every process of torchrun its own.
+    """The device to use: "auto" takes a GPU if there is one, and every process of torchrun its own.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that does not exist.
     """
     if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
+        device = "cpu"
+        if torch.backends.mps.is_available():
+            device = "mps"
+        if torch.cuda.is_available():
+            device = "cuda"
+
+    # Before anything is put on the first GPU
     if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"             # before anything is put on the first GPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} is not available: {reason}") from None
     return device
 
 
 def pick_dtype(dtype="auto", device="cpu"):
-    """The dtype of the activations;
-    "auto" is bfloat16 where the hardware multiplies it natively, else float32.
+    """The dtype of the activations: "auto" is bfloat16 where the hardware multiplies it natively, else
+    float32.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
+    native = False
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:                                                       # AVX512-BF16 or AMX
-        tests = [getattr(torch.cpu, name, None)
-                 for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-        native = device == "cpu" and any(test() for test in tests if test)
+    elif device == "cpu":
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            is_supported = getattr(torch.cpu, name, None)       # not in every version of torch
+            native = native or bool(is_supported and is_supported())
     return torch.bfloat16 if native else torch.float32
 
 
 def reuse_memory():
     """Let this process keep freed memory for its next step (Linux with glibc; elsewhere nothing happens).
 
-    By default glibc hands every large buffer back to the kernel, which zeroes it when it is asked for again:
-    15 to 30 % of a training step on a CPU (LOG.md). For scripts, at their start: it holds for the process.
+    For training on a CPU, where every step asks for the same large buffers. By default glibc gives each of
+    them back to the kernel, which zeroes it when it is asked for again: 15 to 30 % of a step (dev/LOG.md).
+    An evaluation gains nothing and would need up to 1.5 times the memory.
+
+    To be called at the start of a script: it holds for the whole process.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-4, 0)                                          # M_MMAP_MAX: no buffer of its own mapping
         mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: give nothing back
@@ -254,16 +337,38 @@ def reuse_memory():
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are
 
 def save_config(out_dir, config, **rest):
-    """Write out_dir/config.json: the model's sizes,
-    and what else the caller wants to be known (JSON values).
-    """
+    """Write out_dir/config.json: the model's sizes, and what else the caller wants to be known (JSON values)."""
     write_json(os.path.join(out_dir, "config.json"), {"model": asdict(config), **rest})
 
 
-def save_checkpoint(out_dir, model, optimizers, step):
-    """Write out_dir/ckpt.pt: {"model": state dict, "optimizer": [state dicts], "step": int}."""
-    state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers], "step": step}
-    write_atomically(os.path.join(out_dir, "ckpt.pt"), lambda file: torch.save(state, file))
+def save_checkpoint(out_dir, model, optimizers, step, tokens=0):
+    """Write out_dir/ckpt.pt: {"model": state dict, "optimizer": [state dicts], "step", "tokens": int}.
+
+    Raises OSError if the disk is full; the last checkpoint is then what it was.
+    """
+    state = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
+             "step": step, "tokens": tokens}
+    path = os.path.join(out_dir, "ckpt.pt")
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:           # what torch.save makes of a full disk
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}): is the disk full? "
+                      "The last checkpoint is kept") from None
+
+
+def read_config(out_dir):
+    """config.json of a checkpoint folder, a dict. Raises ValueError, one line."""
+    try:
+        with open(os.path.join(out_dir, "config.json")) as file:
+            config = json.load(file)
+        config["model"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
+                         "(train one: python train.py --objective vlm)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out_dir} holds no readable checkpoint: config.json: "
+                         f"{type(error).__name__}: {error}") from None
+    return config
 
 
 def read_checkpoint(out_dir, device="cpu"):
@@ -271,11 +376,10 @@ def read_checkpoint(out_dir, device="cpu"):
 
     Only tensors and plain containers are accepted: a file that would run code when unpickled is refused.
     """
+    config = read_config(out_dir)
     try:
-        with open(os.path.join(out_dir, "config.json")) as file:
-            config = json.load(file)
         state = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location=device, weights_only=True)
-        state["model"], state["step"], config["model"]
+        state["model"], state["step"]
     except FileNotFoundError as error:
         raise ValueError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
                          "(train one: python train.py --objective vlm)") from None
@@ -340,15 +444,19 @@ def as_json(value):
 
 
 def write_result(path, report):
-    """Write a JSON result. Where that is impossible (a folder one may only read, a full disk), one line on
-    stderr says so and the program continues: the numbers are on the screen.
+    """Write a JSON result; returns whether it was written.
+
+    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so and the
+    program continues: the numbers are on the screen.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(as_json(report).encode()))
+        return True
     except OSError as error:
         print(f"not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
               file=sys.stderr)
+        return False
 
 
 def read_result(path, weights):

@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from documents import PIECE, STDLIB, pieces, sample
-from common import DataError, close_on_disk, fetch, file_sha256, locked, one_line_errors, write_json
+from common import (DataError, close_on_disk, fetch, file_sha256, locked, one_line_errors, write_atomically,
+                    write_json)
 from tokenizer import build_encoding, make_tokenizer, save_tokenizer
 
 DATA_DIR = "data"
@@ -170,6 +171,7 @@ def write_dataset(folder, sources, wanted):
     splits = ("train", "val")
     writers = {split: ShardWriter(folder, split, dtype, wanted["shard_tokens"]) for split in splits}
     totals = {split: Counter(tokens=0, bytes=0, documents=0) for split in splits}
+    unigram = np.zeros(encoding.n_vocab, dtype=np.int64)
     skipped = 0
 
     def report(error):
@@ -181,6 +183,8 @@ def write_dataset(folder, sources, wanted):
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
         for split, ids, size, last in encode(pieces(sources, wanted["val_fraction"], report), encoding):
             writers[split].write(ids)
+            if split == "train":
+                unigram += np.bincount(ids, minlength=len(unigram))
             totals[split].update(tokens=len(ids), bytes=size, documents=int(last))
             bar.update(size)
     if skipped:
@@ -193,6 +197,7 @@ def write_dataset(folder, sources, wanted):
     meta = {**wanted, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype,
             "skipped": skipped,
             "splits": {split: {**totals[split], "shards": writers[split].shards} for split in splits}}
+    write_atomically(os.path.join(folder, "unigram.npy"), lambda file: np.save(file, unigram))
     write_json(os.path.join(folder, "meta.json"), meta)
     return meta
 
@@ -231,6 +236,20 @@ def load(name, data_dir=DATA_DIR, full=False):
             raise DataError(f"{path} is not as it was made: {reason}; make it again (--overwrite)") from None
         splits[split].append(ids)
     return meta, splits
+
+
+def load_unigram(folder):
+    """How often each token occurs in the training split: (V,) float64 log-probabilities, nats.
+
+    folder: of a dataset or a checkpoint. Every count is raised by one, so that none is -inf. Raises DataError.
+    """
+    path = os.path.join(folder, "unigram.npy")
+    try:
+        counts = np.load(path) + 1.0
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is missing or damaged ({error}): prepare the dataset again (--overwrite)"
+                        ) from None
+    return np.log(counts / counts.sum())
 
 
 def check_window(shards, span):

@@ -6,29 +6,40 @@ The command line of train.py: every flag, the presets, and the checks that come 
 import argparse
 import math
 import os
+from dataclasses import fields
 
 import torch
 
 import data
 import objectives
-from common import add_device_flags, pick_device, read_checkpoint
-from objectives import CHOICES, OBJECTIVES
+from common import Help, add_device_flags, pick_device, read_config
+from objectives import CHOICES, OBJECTIVES, Options
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
     "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128,
                  batch_size=16, batch_tokens=2048, max_iters=1000, warmup_iters=50,
-                 optimizer="muon", learning_rate=1e-2, eval_interval=250, eval_iters=20),
+                 optimizer="muon", learning_rate=1e-2, eval_interval=250, eval_sequences=320),
     "small": dict(dataset="stdlib", n_layer=8, n_head=8, n_embd=512, block_size=512,
-                  batch_size=64, batch_tokens=65536, max_iters=3000, warmup_iters=100,
-                  optimizer="muon", learning_rate=3e-3, eval_interval=250, eval_iters=20),
+                  batch_size=64, batch_tokens=32768, max_iters=400, warmup_iters=40,
+                  optimizer="muon", learning_rate=3e-3, eval_interval=100, eval_sequences=1280),
     "paper": dict(dataset="pile", n_layer=16, n_head=12, n_embd=768, block_size=512,
                   batch_size=64, batch_tokens=524288, max_iters=20000, warmup_iters=700,
-                  optimizer="adamw", learning_rate=6e-4, eval_interval=500, eval_iters=40),
+                  optimizer="adamw", learning_rate=6e-4, eval_interval=500, eval_sequences=2560),
 }
 
+
+def preset_values():
+    """The presets as text for --help."""
+    lines = []
+    for name, values in PRESETS.items():
+        settings = ", ".join(f"{flag} {value}" for flag, value in values.items())
+        lines.append(f"{name}: {settings}.")
+    return " ".join(lines)
+
+
 def build_parser(description="Pretrain a Transformer with any objective of objectives.py.", **how):
-    p = argparse.ArgumentParser(description=description, **how,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=description, formatter_class=Help, **how)
+
     p.add_argument("--objective", choices=OBJECTIVES, default="vlm",
                    help="what is predicted from what, see objectives.py")
     p.add_argument("--lookahead", type=int, default=2, metavar="t",
@@ -45,22 +56,28 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--normalization", choices=CHOICES["normalization"], default="tokens",
                    help="mlm, vlm: mean over the masked tokens of the batch, "
                         "or over sequences of the mean within each")
+
     p.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
-                   help="defaults for the sizes below: tiny (laptop CPU), small (one GPU), paper; "
+                   help="values for the flags below: tiny (laptop CPU), small (one GPU), paper; "
                         "auto picks by device")
-    preset = p.add_argument_group("set by the preset unless given")
+    preset = p.add_argument_group("set by the preset unless given", preset_values())
     preset.add_argument("--dataset",
                         help="name of a folder in data/, see data.py; stdlib is prepared when missing")
-    for name, text in [("n_layer", "blocks"), ("n_head", "attention heads"), ("n_embd", "width"),
-                       ("block_size", "tokens per sequence, T"), ("batch_size", "sequences per micro-batch"),
-                       ("batch_tokens", "tokens per update, over all processes and micro-batches"),
-                       ("max_iters", "updates"), ("warmup_iters", "updates of linear warmup"),
-                       ("eval_interval", "updates between validations"),
-                       ("eval_iters", "micro-batches per validation")]:
-        preset.add_argument(f"--{name}", type=int, help=text)
+    preset.add_argument("--n_layer", type=int, help="blocks")
+    preset.add_argument("--n_head", type=int, help="attention heads")
+    preset.add_argument("--n_embd", type=int, help="width")
+    preset.add_argument("--block_size", type=int, help="tokens per sequence, T")
+    preset.add_argument("--batch_size", type=int, help="sequences per micro-batch")
+    preset.add_argument("--batch_tokens", type=int,
+                        help="tokens per update, over all processes and micro-batches")
+    preset.add_argument("--max_iters", type=int, help="updates")
+    preset.add_argument("--warmup_iters", type=int, help="updates of linear warmup")
     preset.add_argument("--optimizer", choices=["adamw", "muon"],
-                        help="muon: for the blocks' matrices, adamw for the embedding")
+                        help="muon: for the blocks' matrices, with adamw for the embedding")
     preset.add_argument("--learning_rate", type=float, help="peak learning rate of AdamW")
+    preset.add_argument("--eval_interval", type=int, help="updates between validations")
+    preset.add_argument("--eval_sequences", type=int, help="validation sequences, the same ones every time")
+
     p.add_argument("--muon_lr", type=float, default=0.02, help="peak learning rate of Muon")
     p.add_argument("--decay_fraction", type=float, default=0.7,
                    help="last part of the run, in which the rate decays linearly")
@@ -68,8 +85,9 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
                    help="the rate at the end, as a fraction of its peak")
     p.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
-    p.add_argument("--seed", type=int, default=0, help="of the initial weights, the data order and the masks")
-    p.add_argument("--out_dir", default=None, help="where checkpoint and log go (default: out/OBJECTIVE)")
+    p.add_argument("--seed", type=int, default=0, help="seeds the initial weights, the data order and the masks")
+
+    p.add_argument("--out_dir", help="where checkpoint and log go; without it out/OBJECTIVE")
     p.add_argument("--data_dir", default=data.DATA_DIR, help="where the prepared datasets are")
     p.add_argument("--save_interval", type=int, default=250, help="updates between checkpoints")
     p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
@@ -83,9 +101,11 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
 
 
 SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "max_iters",
-         "eval_interval", "eval_iters", "save_interval", "log_interval"]
-FIXED = ["objective", "dataset", "n_layer", "n_head", "n_embd", "block_size",
-         "optimizer", "seed"]       # cannot change on resume
+         "eval_interval", "eval_sequences", "save_interval", "log_interval"]
+
+# What cannot change when a run is resumed: it defines the model, the objective or the random numbers
+FIXED = ["dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed",
+         *(field.name for field in fields(Options) if field.name != "vocab_size")]
 
 
 def parse_args(argv=None):
@@ -98,25 +118,42 @@ def parse_args(argv=None):
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
     try:
         if args.resume:
-            saved = read_checkpoint(args.out_dir)[1]["train"]
-            parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "overwrite")})
-            args = parser.parse_args(argv)
-            changed = [name for name in FIXED if getattr(args, name) != saved[name]]
-            if changed:
-                raise ValueError(f"--resume cannot change {', '.join(changed)}: "
-                                 f"{args.out_dir} was trained with "
-                                 + ", ".join(f"{name} {saved[name]}" for name in changed))
+            args = saved_flags(parser, argv, args.out_dir)
         complete(args)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
+def saved_flags(parser, argv, out_dir):
+    """The flags of the run in out_dir, those on the command line in place of the saved ones.
+
+    The folder is the one on the command line, wherever the run was when it began.
+    Raises ValueError for a flag that cannot change.
+    """
+    saved = read_config(out_dir)["train"]
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{name: value for name, value in saved.items() if name in known})
+    args = parser.parse_args(argv)
+    args.out_dir = out_dir
+
+    changed = [name for name in FIXED if name in saved and getattr(args, name) != saved[name]]
+    if changed:
+        before = ", ".join(f"{name} {saved[name]}" for name in changed)
+        raise ValueError(f"--resume cannot change {', '.join(changed)}: {out_dir} was trained with {before}")
+    return args
+
+
 def complete(args):
-    """Settle the device and what the preset sets, in place. Raises ValueError as check_args does."""
+    """Settle the device and what the preset sets, in place. Raises ValueError as check_args does.
+
+    args.device_flag keeps what was asked for: a resumed run on another machine picks again.
+    """
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"torch {torch.__version__} is too old, 2.9 or newer is needed: "
                          "pip install -r requirements.txt")
+    args.data_dir = os.path.abspath(args.data_dir)
+    args.device_flag = args.device
     args.device = pick_device(args.device)
     if args.preset == "auto":
         args.preset = "small" if args.device.startswith("cuda") else "tiny"
@@ -128,7 +165,7 @@ def complete(args):
 
 def check_args(args):
     """Raises ValueError, one line, for flags that make no sense together."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    # Ranges
     for name in SIZES:
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
@@ -140,14 +177,19 @@ def check_args(args):
     for name in ["decay_fraction", "min_lr_fraction"]:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], not {getattr(args, name)}")
+    objectives.check(args)
+
+    # What must fit together
     if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
         raise ValueError(f"n_embd {args.n_embd} does not split into "
                          f"{args.n_head} heads (n_head) of even width")
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_tokens % (args.batch_size * args.block_size * world):
         raise ValueError(f"batch_tokens {args.batch_tokens} is not a multiple of "
                          "batch_size * block_size * processes "
                          f"= {args.batch_size} * {args.block_size} * {world}")
+
+    # The folder
     if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         raise ValueError(f"{args.out_dir} already holds a run: "
                          "continue it with --resume, or replace it with --overwrite")
-    objectives.check(args)

@@ -2,27 +2,33 @@
 Pretrain a Transformer with any objective of objectives.py:
 bytes -> windows -> (context, target) pairs -> loss -> update.
 
-    python train.py --objective vlm                 # a first run: this Python's standard library, no download
+    python train.py --objective vlm                 # a first run: the standard library's text, no download
     python train.py --objective ar --out_dir out/ar-wide --n_embd 256 --max_iters 2000
-    python train.py --resume --out_dir out/vlm      # go on after Ctrl-C, a crash, a power cut
+    python train.py --resume --out_dir out/vlm      # continue after Ctrl-C or a crash
     python train.py --objective vlm --preset paper  # 16 layers, width 768, on the Pile (data.py fetches it)
     torchrun --standalone --nproc_per_node=8 train.py --objective vlm --preset paper
 
+Sizes, learning rates and all other settings: PRESETS in flags.py.
+
 Everything random is a pure function of (seed, step, index of the sequence in the global batch), and the loss
 is summed over the batch and divided once. So a run is the same, to rounding, on 1 or 8 processes, in 1 or 4
-micro-batches, and a resumed run continues exactly where it stopped. Progress goes to the screen and, one JSON
-object a line, to out_dir/log.jsonl.
+micro-batches, and a resumed run continues exactly where it stopped. Progress goes to the screen and to
+out_dir/log.jsonl, one JSON object per line.
 """
 import contextlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,18 +37,387 @@ from tqdm import tqdm
 
 import data
 import objectives
-from common import (DataError, one_line_errors, peak_flops, pick_dtype, read_checkpoint, reuse_memory, save_checkpoint,
-                    save_config, write_atomically)
+from common import (DataError, file_sha256, hold, one_line_errors, output_may_close, peak_flops, pick_dtype,
+                    read_checkpoint, read_config, reuse_memory, save_checkpoint, save_config, show_any_character,
+                    source_digests, write_atomically)
 from flags import parse_args
 from model import Config, Transformer, flops, num_params
-from objectives import OBJECTIVES, Draw, Options
-from sample import generate
+from objectives import OBJECTIVES, Batch, Draw, Options
+from sample import draw, fill, generate
 from tokenizer import load_tokenizer
 
 VAL_SEED = 2407_00935       # validation windows and masks are the same for every run, so that losses compare
+MOST_PASSES = 4             # over the training tokens: beyond, a model begins to learn them by heart
 
 # -----------------------------------------------------------------------------
-# Processes: one, or several under torchrun
+# Batches
+
+def get_batch(shards, options, seed, step, indices):
+    """The sequences `indices` of the global batch of a step, as an objectives.Batch:
+    a pure function of its arguments.
+    """
+    random = Draw(seed, step, indices)
+    x = data.windows(shards, objectives.window_size(options), random.per_sequence(1)[:, 0])  # (B, T + extra)
+    return OBJECTIVES[options.objective].batch(x, random, options)
+
+
+def to_device(batch, device):
+    """The Batch with tensors on the device instead of numpy arrays.
+
+    From pinned memory the copy to a GPU overlaps with computation.
+    """
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in batch]
+    if device.startswith("cuda"):
+        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return Batch(*tensors)
+
+
+def prefetch(make, first, last):
+    """Yields (step, make(step)) for first <= step < last. The next one is made while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(make, first)
+        for step in range(first, last):
+            batches = future.result()
+            if step + 1 < last:
+                future = pool.submit(make, step + 1)
+            yield step, batches
+
+
+def validation_batches(shards, options, args):
+    """This process's share of the args.eval_sequences validation sequences, in micro-batches.
+
+    The windows and masks are the same at every call, whatever the batch size and the number of processes.
+    """
+    rank, world = rank_and_world()
+    starts = range(0, args.eval_sequences, args.batch_size)
+    for start in starts[rank::world]:
+        stop = min(start + args.batch_size, args.eval_sequences)
+        yield get_batch(shards, options, VAL_SEED, 0, range(start, stop))
+
+
+def evaluate(model, shards, options, args):
+    """Validation loss, nats per scored token: the sum of the losses over the sum of the weights.
+
+    Gradients stay on: without them the model would be compiled again.
+    """
+    total = torch.zeros(2)
+    for batch in validation_batches(shards, options, args):
+        batch = to_device(batch, args.device)
+        total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
+    loss, weight = all_reduce(total.to(args.device)).tolist()
+    return loss / weight
+
+
+def unigram_loss(log_p, shards, options, args):
+    """What `evaluate` would give for a model that only knows how often each word occurs.
+
+    log_p: (V,) float64, log-probability of each token, see data.load_unigram.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in validation_batches(shards, options, args):
+        nats = -log_p[batch.targets].mean(axis=1)                           # (N,)
+        total += torch.tensor([(nats * batch.weights).sum(), batch.weights.sum()])
+    loss, weight = all_reduce(total.float().to(args.device)).tolist()
+    return loss / weight
+
+# -----------------------------------------------------------------------------
+# Optimizer
+
+def make_optimizers(model, args):
+    """AdamW for every parameter, or Muon for the blocks' matrices and AdamW for the embedding."""
+    adamw = dict(lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay,
+                 fused=args.device != "mps")
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), **adamw)]
+    muon = torch.optim.Muon(model.blocks.parameters(), lr=args.muon_lr, weight_decay=args.weight_decay)
+    return [torch.optim.AdamW(model.wte.parameters(), **adamw), muon]
+
+
+def set_rates(optimizers, args):
+    """Give every group its peak learning rate and weight decay, also where a checkpoint held others."""
+    for optimizer, peak in zip(optimizers, [args.learning_rate, args.muon_lr]):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = peak
+            group["weight_decay"] = args.weight_decay
+
+
+def lr_factor(step, args):
+    """Fraction of the peak learning rate at a step:
+    linear warmup, constant, linear decay to min_lr_fraction.
+    """
+    warmup = (step + 1) / (args.warmup_iters + 1)
+    left = (args.max_iters - step) / max(1, args.decay_fraction * args.max_iters)
+    decay = args.min_lr_fraction + (1 - args.min_lr_fraction) * left
+    return min(1.0, warmup, decay)
+
+
+def update(model, optimizers, batches, args, step):
+    """One optimizer step on this process's micro-batches.
+
+    Returns (loss, gradient norm), a tensor (2,), without a host-device sync.
+    """
+    _, world = rank_and_world()
+
+    # Forward and backward. Each micro-batch is divided by the weight of the whole global batch
+    total = all_reduce(sum(batch.weights.sum() for batch in batches))
+    loss = 0.0
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with contextlib.nullcontext() if last or world == 1 else model.no_sync():
+            part = model(*batch) / total                        # this micro-batch's share of the loss
+            (part * world).backward()                           # DDP averages the gradients: times world
+        loss = loss + part.detach()
+
+    # Clip the gradient
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+
+    # Step
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss, grad_norm / world])               # summed over processes when logged
+
+# -----------------------------------------------------------------------------
+# The run
+
+def train(args):
+    """Set up the processes and the data, then run with the folder locked."""
+    start_processes(args)
+    meta, shards = load_data(args)
+    options = make_options(args, meta["vocab_size"])
+    for split in ("train", "val"):
+        data.check_window(shards[split], objectives.window_size(options))
+    rank, _ = rank_and_world()
+    with hold(args.out_dir) if rank == 0 else contextlib.nullcontext():
+        run(args, meta, shards, options)
+        leave_together()
+
+
+def run(args, meta, shards, options):
+    """Set up model and optimizers, continue or begin the run, and finish it.
+
+    meta: of the dataset. shards: {"train": [(n,) ids, ...], "val": [...]}.
+    """
+    rank, world = rank_and_world()
+    dataset = os.path.join(args.data_dir, args.dataset)
+
+    # Model and optimizers
+    torch.manual_seed(args.seed)
+    causal = OBJECTIVES[args.objective].causal
+    config = Config(meta["vocab_size"], args.block_size, args.n_layer, args.n_head, args.n_embd, causal)
+    model = Transformer(config).to(args.device)
+    model.dtype = pick_dtype(args.dtype, args.device)
+    optimizers = make_optimizers(model, args)
+
+    # The run's folder: what an earlier run left, or a fresh one
+    done = {"step": 0, "tokens": 0}
+    if args.resume:
+        check_sources(args)
+        done = restore(args, model, optimizers)
+        if done["step"] >= args.max_iters:
+            say(f"{args.out_dir} is at step {done['step']} of {args.max_iters} already; "
+                "to train it further, give a larger --max_iters")
+            return
+    set_rates(optimizers, args)
+    if rank == 0:
+        if not args.resume:
+            clear_folder(args, dataset)
+        save_config(args.out_dir, config, train=flags_in_force(args), torch=torch.__version__,
+                    sources=source_digests(), dataset=dataset_digests(dataset))
+
+    # The sequences of the global batch that this process works on, in micro-batches
+    local = args.batch_tokens // args.block_size // world
+    starts = range(rank * local, (rank + 1) * local, args.batch_size)
+    cuts = [range(start, start + args.batch_size) for start in starts]
+
+    def make(step):
+        return [to_device(get_batch(shards["train"], options, args.seed, step, cut), args.device)
+                for cut in cuts]
+
+    # Say what is about to happen
+    first = make(done["step"])
+    scored = sum(len(batch.positions) for batch in first)                   # by this process, per update
+    step_flops = flops(config, local, args.block_size, scored)
+    baseline = unigram_loss(data.load_unigram(dataset), shards["val"], options, args)
+    say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
+        f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens per update, "
+        f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
+    say_passes(args, meta["splits"]["train"]["tokens"])
+
+    # Train
+    fast = compiled(model, first[0]) if pick_compile(args, step_flops) else model
+    validate = partial(evaluate, fast, shards["val"], options, args)
+    val_loss = loop(args, model, fast, optimizers, make, validate, done, step_flops)
+    if rank == 0:
+        finish(args, model, meta["splits"]["val"], shards["val"], val_loss, baseline)
+
+
+def loop(args, model, fast, optimizers, make, validate, done, step_flops):
+    """Update; at their intervals log, validate and save. Returns the last validation loss.
+
+    fast: `model`, compiled or not. make(step): the micro-batches of a step. validate(): the validation loss.
+    done: {"step", "tokens"} of the run so far.
+    """
+    rank, world = rank_and_world()
+    wrapped = torch.nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
+    peak = peak_flops(args.device)
+    tokens = done["tokens"]
+    saved = done["step"]
+    pending = []                                # (loss, gradient norm) of the steps since the last log line
+    clock = time.time()
+
+    with (progress_bar(args.max_iters, done["step"]) as bar, stop_signals() as signals,
+          stop_vote(signals) as vote):
+        for step, batches in prefetch(make, done["step"], args.max_iters):
+            # Update
+            pending.append(update(wrapped, optimizers, batches, args, step))
+            step += 1
+            tokens += args.batch_tokens
+            with output_may_close():
+                bar.update()
+
+            # What is due after this step?
+            stop = vote()
+            final = step == args.max_iters
+            validates = final or step % args.eval_interval == 0
+            saves = final or stop or step % args.save_interval == 0
+            logs = validates or saves or step % args.log_interval == 0
+            if not logs:
+                continue
+
+            # Log
+            numbers = all_reduce(torch.stack(pending)).cpu()    # (steps, 2), host-device sync
+            check_finite(numbers, model if saves else None, step, saved)
+            seconds = time.time() - clock
+            line = {"step": step, "tokens": tokens, "train_loss": numbers[:, 0].mean().item(),
+                    "grad_norm": numbers[-1, 1].item(), "lr": optimizers[0].param_groups[0]["lr"],
+                    "tokens_per_second": len(pending) * args.batch_tokens / seconds}
+            if peak:
+                line["mfu"] = len(pending) * step_flops / seconds / peak
+            if validates:
+                line["val_loss"] = validate()
+                say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}")
+            with output_may_close():
+                utilisation = f", MFU {line['mfu']:.0%}" if peak else ""
+                bar.set_postfix_str(f"loss {line['train_loss']:.3f}, "
+                                    f"{line['tokens_per_second']:.0f} tokens/s{utilisation}")
+            if rank == 0:
+                with open(os.path.join(args.out_dir, "log.jsonl"), "a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+            # Save
+            if stop:
+                say(f"stopping: saving step {step} ...")
+            if saves and rank == 0:
+                save_checkpoint(args.out_dir, model, optimizers, step, tokens)
+                saved = step
+            if stop and not final:
+                say(f"stopped at step {step} and saved; resume with: "
+                    f"python train.py --resume --out_dir {shlex.quote(args.out_dir)}")
+                leave_together()
+                sys.exit(128 + stop)
+            pending = []
+            clock = time.time()
+
+    return line["val_loss"]
+
+
+def check_finite(numbers, model, step, saved):
+    """End the run, exit code 1, if a loss or gradient norm (steps, 2) or a weight is not finite."""
+    steps_ok = numbers.isfinite().all(dim=1)                                # (steps,)
+    weights_ok = model is None or all(p.isfinite().all() for p in model.parameters())
+    if steps_ok.all() and weights_ok:
+        return
+    bad = step if steps_ok.all() else step - len(numbers) + 1 + int(steps_ok.int().argmin())
+    kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+    say(f"error: loss, gradient or weights not finite at step {bad}; {kept}")
+    sys.exit(1)
+
+
+def say_passes(args, train_tokens):
+    """How often the run goes over its training tokens: the more often, the more it learns them by heart."""
+    passes = args.max_iters * args.batch_tokens / train_tokens
+    say(f"{args.max_iters} updates are {passes:.2g} passes over {train_tokens:,} training tokens")
+    if passes > MOST_PASSES:
+        say(f"warning: more than {MOST_PASSES} passes. Watch the validation loss: it may rise while the "
+            "training loss falls, for ar first. Fewer --max_iters or more text help")
+
+# -----------------------------------------------------------------------------
+# The end of a run: its loss, and what the model was trained for
+
+def finish(args, model, size, shards, val_loss, baseline):
+    """Print the validation loss beside that of word frequencies, and a few lines that the model writes.
+
+    size: {"tokens", "bytes"} of the validation split. shards: its ids. baseline: see unigram_loss.
+    """
+    objective = OBJECTIVES[args.objective]
+    options = make_options(args, model.config.vocab_size)
+    masked = objective.most_masks(options) is not None
+    next_token = not masked and objective.ahead(options) == 1
+
+    # The loss. Only the next token's is the length of a code, so only there are bits per byte meaningful
+    kind = "next" if next_token else "masked" if masked else "target"
+    bits = val_loss / math.log(2) * size["tokens"] / size["bytes"]
+    code = f" ({bits:.3f} bits per byte)" if next_token else ""
+    say(f"validation loss {val_loss:.4f} nats per {kind} token{code}; word frequencies alone give "
+        f"{baseline:.4f}; checkpoint in {args.out_dir}")
+    if val_loss > 0.97 * baseline:
+        say("this is the level of word frequencies: the model has not learned to use context yet "
+            "(masked models stay there for a while; more --max_iters help)")
+
+    # The demonstration
+    for line in demonstration(model.eval(), load_tokenizer(args.out_dir), shards, masked):
+        say(line)
+    say(f"more: python sample.py --checkpoint {shlex.quote(args.out_dir)}")
+
+
+def demonstration(model, encoding, shards, masked):
+    """Lines of text that show what the model was trained for, the same prompts for every objective.
+
+    A masked model fills in three lines of validation text of which half of the tokens are masked, and
+    continues the beginning of the first. A causal one continues the beginnings of the first two.
+    """
+    texts = example_lines(encoding, shards, model.config.block_size)
+    pick = partial(draw, temperature=0.0)
+    out = []
+    if masked:
+        out.append("--- validation text, half of its tokens masked (_), and filled in by the model ---")
+        for i, ids in enumerate(texts):
+            order = np.random.default_rng(i).permutation(len(ids))
+            gaps = set(order[:len(ids) // 2].tolist())
+            hidden = [model.config.mask_token if k in gaps else token for k, token in enumerate(ids)]
+            shown = [encoding.decode([token]) for token in ids]
+            shown = [re.sub(r"\S", "_", piece) if k in gaps else piece for k, piece in enumerate(shown)]
+            filled = fill(model, hidden, pick, order="confidence")
+            out += ["text    " + encoding.decode(ids), "masked  " + "".join(shown),
+                    "filled  " + encoding.decode(filled), ""]
+
+    generator = torch.Generator().manual_seed(0)
+    for ids in texts[:1 if masked else 2]:
+        prompt = ids[:max(1, len(ids) // 2)]
+        room = model.config.block_size - len(prompt)
+        ids = generate(model, prompt, min(40, max(1, room - 1)), temperature=0.8, generator=generator)
+        out.append(f"--- a continuation of {encoding.decode(prompt)!r} ---")
+        out.append(encoding.decode(ids))
+    return out
+
+
+def example_lines(encoding, shards, block_size, n=3):
+    """n lists of token ids from validation text: lines of a medium length, evenly spread over its beginning."""
+    text = encoding.decode([i for i in shards[0][:20000].tolist() if i != encoding.eot_token])
+    lines = [line.strip() for line in text.splitlines()]
+    fitting = [line for line in lines if 30 <= len(line) <= 72 and sum(map(str.isalpha, line)) > 15]
+    if len(fitting) < n:                                                # text without such lines: any place
+        fitting = [text[i:i + 60] for i in range(0, max(1, len(text) - 60), 60)] or [text]
+    chosen = [fitting[(2 * i + 1) * len(fitting) // (2 * n)] for i in range(n)]
+    return [encoding.encode_ordinary(line)[:block_size - 1] for line in chosen]
+
+# =============================================================================
+# Behind the scenes: processes, the run's folder, signals, compilation
+# =============================================================================
 
 def start_processes(args):
     """Join the other processes, if torchrun started any."""
@@ -50,6 +425,13 @@ def start_processes(args):
         if args.device.startswith("cuda"):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
+def leave_together():
+    """Wait for the other processes, then leave the group: none goes while another still needs it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def rank_and_world():
@@ -64,21 +446,51 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 
 
 def say(text):
+    """Print a line, once for all processes."""
     if rank_and_world()[0] == 0:
-        tqdm.write(text)
+        with output_may_close():
+            tqdm.write(text)
+
+@contextlib.contextmanager
+def progress_bar(total, initial):
+    """tqdm's bar on the screen of the first process. A screen that is gone does not end the run."""
+    rank, _ = rank_and_world()
+    bar = tqdm(disable=True)
+    with output_may_close():
+        bar = tqdm(total=total, initial=initial, disable=rank != 0, dynamic_ncols=True)
+    try:
+        yield bar
+    finally:
+        with output_may_close():
+            bar.close()
 
 # -----------------------------------------------------------------------------
-# Batches
+# Data and options
 
 def load_data(args):
-    """data.load; the default dataset, the standard library's text, is prepared first when it is missing."""
+    """data.load. The default dataset, the standard library's text, is prepared first when it is missing.
+
+    A resumed run never prepares one: it needs the very dataset that it began with. Raises DataError.
+    """
     rank, _ = rank_and_world()
-    if (rank == 0 and args.dataset == "stdlib"
-            and not os.path.exists(os.path.join(args.data_dir, "stdlib", "meta.json"))):
+    folder = os.path.join(args.data_dir, args.dataset)
+    missing = not os.path.exists(os.path.join(folder, "meta.json"))
+    if missing and args.resume:
+        raise DataError(f"{folder}, the dataset of this run, does not exist: --data_dir names its folder")
+    if missing and args.dataset == "stdlib" and rank == 0:
         data.prepare("stdlib", data_dir=args.data_dir)
     if dist.is_initialized():
         dist.barrier()
-    return data.load(args.dataset, args.data_dir)
+    loaded = data.load(args.dataset, args.data_dir)
+    if args.resume and read_config(args.out_dir).get("dataset") != dataset_digests(folder):
+        raise DataError(f"{folder} is not the dataset that {args.out_dir} was trained on: it was prepared "
+                        "again, or --data_dir is another folder")
+    return loaded
+
+
+def dataset_digests(folder):
+    """sha256 of a dataset's description and of its vocabulary."""
+    return {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in ("meta", "tokenizer")}
 
 
 def make_options(args, vocab_size):
@@ -90,98 +502,115 @@ def make_options(args, vocab_size):
     given = {name: getattr(args, name) for name in names}
     return Options(vocab_size=vocab_size, **given)
 
+# -----------------------------------------------------------------------------
+# The run's folder
 
-def get_batch(shards, options, seed, step, indices):
-    """The sequences `indices` of the global batch of a step, as an objectives.Batch:
-    a pure function of its arguments.
-    """
-    draw = Draw(seed, step, indices)
-    x = data.windows(shards, objectives.window_size(options), draw.per_sequence(1)[:, 0])   # (B, T + extra)
-    return OBJECTIVES[options.objective].batch(x, draw, options)
-
-
-def to_device(batch, device):
-    """Batch of numpy arrays -> list of tensors.
-
-    From pinned memory the copy to a GPU overlaps with computation.
-    """
-    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in batch]
-    if device.startswith("cuda"):
-        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return tensors
+def flags_in_force(args):
+    """The flags as config.json keeps them. The folder that holds it is out_dir, wherever it is moved to, and
+    a device "auto" stays "auto", so that another machine picks for itself."""
+    flags = {**vars(args), "device": args.device_flag}
+    for name in ("device_flag", "out_dir", "resume", "overwrite"):
+        del flags[name]
+    return flags
 
 
-def prefetch(make, batches, first, last):
-    """Yields (step, make(step)) for every step, while the next one is already made in another thread.
-
-    batches: make(first), which the caller has at hand.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        for step in range(first, last):
-            future = pool.submit(make, step + 1) if step + 1 < last else None
-            yield step, batches
-            batches = future and future.result()
+def clear_folder(args, dataset):
+    """Remove what an earlier run left, results included. Vocabulary and word frequencies are copied there."""
+    left = [name for name in os.listdir(args.out_dir)
+            if name in ("ckpt.pt", "log.jsonl", "config.json", "spectrum.json") or name.startswith("eval_")]
+    for name in left:
+        os.remove(os.path.join(args.out_dir, name))
+    for name in ("tokenizer.json", "unigram.npy"):
+        shutil.copy(os.path.join(dataset, name), args.out_dir)
 
 
-def evaluate(model, shards, options, args):
-    """Validation loss, nats per scored token: sum of the losses over sum of the weights,
-    every process its share.
+def check_sources(args):
+    """Say so if the code has changed since the run began. Its results then belong to neither version."""
+    before = read_config(args.out_dir).get("sources", {})
+    changed = [name for name, digest in source_digests().items() if before.get(name) != digest]
+    if changed:
+        say(f"note: {', '.join(changed)} changed since {args.out_dir} was trained")
 
-    The windows and masks are the same at every call.
-    Gradients stay on: without them the model would be compiled anew.
-    """
-    rank, world = rank_and_world()
-    total = torch.zeros(2)
-    for i in range(rank, args.eval_iters, world):
-        sequences = range(i * args.batch_size, (i + 1) * args.batch_size)
-        batch = to_device(get_batch(shards, options, VAL_SEED, 0, sequences), args.device)
-        total += torch.stack([model(*batch).detach(), batch[3].sum()]).cpu()
-    loss, weight = all_reduce(total.to(args.device)).tolist()
-    return loss / weight
+
+def restore(args, model, optimizers):
+    """Restore weights and optimizers from out_dir and cut the log there. Returns {"step", "tokens"}."""
+    state, _ = read_checkpoint(args.out_dir, args.device)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizer"]):
+        optimizer.load_state_dict(saved)
+    if rank_and_world()[0] == 0:
+        cut_log(os.path.join(args.out_dir, "log.jsonl"), state["step"])
+    return {"step": state["step"], "tokens": state["tokens"]}
+
+
+def cut_log(path, step):
+    """Keep the lines of a log up to a step. A killed run may have logged more, or half a line."""
+    if not os.path.exists(path):
+        return
+    good, damaged = [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                    good.append(line)
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+    if damaged:
+        say(f"{path}: {damaged} damaged lines are dropped")
+    write_atomically(path, lambda file: file.write(b"".join(good)))
 
 # -----------------------------------------------------------------------------
-# Optimizer
+# Signals: save, then stop
 
-def make_optimizers(model, args):
-    """AdamW for every parameter, or Muon for the blocks' matrices and AdamW for the embedding."""
-    adamw = dict(lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay,
-                 fused=args.device != "mps")
-    if args.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), **adamw)]
-    return [torch.optim.AdamW(model.wte.parameters(), **adamw),
-            torch.optim.Muon(model.blocks.parameters(), lr=args.muon_lr, weight_decay=args.weight_decay)]
+@contextlib.contextmanager
+def stop_signals():
+    """A list whose last entry is the signal that asked to stop (Ctrl-C, SIGTERM, a closed terminal), or 0.
 
-
-def lr_factor(step, args):
-    """Fraction of the peak learning rate at a step:
-    linear warmup, constant, linear decay to min_lr_fraction.
+    The old handlers are restored at the end. Outside of the main thread Python allows none: nothing is caught.
     """
-    warmup = (step + 1) / (args.warmup_iters + 1)
-    left = (args.max_iters - step) / max(1, args.decay_fraction * args.max_iters)
-    return min(1.0, warmup, args.min_lr_fraction + (1 - args.min_lr_fraction) * left)
+    signals = [0]
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    old = [signal.signal(number, lambda number, frame: signals.append(number)) for number in numbers]
+    try:
+        yield signals
+    finally:
+        for number, handler in zip(numbers, old):
+            signal.signal(number, handler)
 
 
-def update(model, optimizers, batches, args, step):
-    """One optimizer step on this process's micro-batches.
+@contextlib.contextmanager
+def stop_vote(signals):
+    """A function to call after every step: the signal on which all processes stop at this step, or 0.
 
-    Returns (loss, gradient norm), (2,): no host-device sync.
+    Processes must stop at the same step. So the flags of a step are combined while the next one runs, and
+    read after it: on the CPU (gloo), without waiting for a GPU.
     """
     _, world = rank_and_world()
-    total = all_reduce(sum(weights.sum() for *_, weights in batches))   # sum of weights of the global batch
-    loss = 0.0
-    for i, batch in enumerate(batches):
-        with model.no_sync() if world > 1 and i < len(batches) - 1 else contextlib.nullcontext():
-            part = model(*batch) / total                                # this micro-batch's share of the loss
-            (part * world).backward()                                   # as DDP averages the gradients
-        loss = loss + part.detach()
-    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor(step, args)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, grad_norm / world])                       # summed over processes when logged
+    if world == 1:
+        yield lambda: signals[-1]
+        return
+
+    group = dist.new_group(backend="gloo")
+    running = []                                            # (work, flag) of the steps that are not read yet
+
+    def vote():
+        flag = torch.tensor(signals[-1])
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
+        running.append((work, flag))
+        if len(running) == 1:
+            return 0
+        work, flag = running.pop(0)
+        work.wait()
+        return int(flag)
+
+    try:
+        yield vote
+    finally:
+        for work, _ in running:
+            work.wait()
 
 # -----------------------------------------------------------------------------
 # Compilation
@@ -195,13 +624,15 @@ def pick_compile(args, step_flops):
     """
     if args.compile != "auto":
         return args.compile == "on"
+    if args.device.startswith("cuda"):
+        return True
     compiler = shutil.which("g++") or shutil.which("clang++")
-    pays = args.device == "cpu" and compiler and step_flops * args.max_iters > COMPILE_PAYS_FLOPS
-    return args.device.startswith("cuda") or bool(pays)
+    pays = step_flops * args.max_iters > COMPILE_PAYS_FLOPS
+    return args.device == "cpu" and compiler is not None and pays
 
 
 def compiled(model, batch):
-    """The model under torch.compile, tried on one batch; where that fails, one line and the model itself."""
+    """The model under torch.compile, tried on one batch. Where that fails, one line and the model itself."""
     start = time.time()
     say("compiling (a second run finds it in the cache) ...")
     try:
@@ -209,168 +640,15 @@ def compiled(model, batch):
         fast(*batch).backward()
         say(f"compiled in {time.time() - start:.0f} s")
     except Exception as error:      # no compiler, a compiler that fails, an unsupported platform: many kinds
-        say("torch.compile does not work here, going on without: "
-            f"{(str(error) or repr(error)).splitlines()[0]}")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        say(f"torch.compile does not work here, continuing without: {reason}")
         fast = model
     model.zero_grad(set_to_none=True)
     return fast
 
-# -----------------------------------------------------------------------------
-# The run
-
-def start_folder(args, config):
-    """A fresh out_dir: what an earlier run left is removed,
-    config and tokenizer make the checkpoint self-contained.
-    """
-    os.makedirs(args.out_dir, exist_ok=True)
-    for name in ["ckpt.pt", "log.jsonl"]:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(args.out_dir, name))
-    shutil.copy(os.path.join(args.data_dir, args.dataset, "tokenizer.json"), args.out_dir)
-    save_config(args.out_dir, config, train=vars(args), torch=torch.__version__)
-
-
-def resume_folder(args, model, optimizers):
-    """Restore weights and optimizers from out_dir, cut the log at that step,
-    return the number of updates done.
-    """
-    state, _ = read_checkpoint(args.out_dir, args.device)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizer"]):
-        optimizer.load_state_dict(saved)
-    path = os.path.join(args.out_dir, "log.jsonl")
-    if rank_and_world()[0] == 0 and os.path.exists(path):
-        with open(path) as file:    # a killed run may have logged steps, or half a line, after its checkpoint
-            lines = [line for line in file
-                     if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
-        write_atomically(path, lambda file: file.write("".join(lines).encode()))
-    return state["step"]
-
-
-def train(args):
-    """Set up data, model and optimizers, and run."""
-    start_processes(args)
-    rank, world = rank_and_world()
-    meta, shards = load_data(args)
-    options = make_options(args, meta["vocab_size"])
-    for split in ("train", "val"):
-        data.check_window(shards[split], objectives.window_size(options))
-
-    torch.manual_seed(args.seed)
-    causal = OBJECTIVES[args.objective].causal
-    config = Config(meta["vocab_size"], args.block_size, args.n_layer, args.n_head, args.n_embd, causal)
-    model = Transformer(config).to(args.device)
-    model.dtype = pick_dtype(args.dtype, args.device)
-    optimizers = make_optimizers(model, args)
-    first = 0
-    if args.resume:
-        first = resume_folder(args, model, optimizers)
-    elif rank == 0:
-        start_folder(args, config)
-    for optimizer, peak in zip(optimizers, [args.learning_rate, args.muon_lr]):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = peak
-
-    # The sequences of the global batch that this process works on, in micro-batches
-    local = args.batch_tokens // args.block_size // world
-    cuts = [range(i, i + args.batch_size) for i in range(rank * local, (rank + 1) * local, args.batch_size)]
-
-    def make(step):
-        return [to_device(get_batch(shards["train"], options, args.seed, step, cut), args.device)
-                for cut in cuts]
-
-    batches = make(first)
-    scored = sum(positions.numel() for _, positions, _, _ in batches)       # by this process, per update
-    step_flops = flops(config, local, args.block_size, scored)
-    say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
-        f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens an update, "
-        f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
-    fast = compiled(model, batches[0]) if pick_compile(args, step_flops) else model
-    loop(args, model, fast, optimizers, prefetch(make, batches, first, args.max_iters),
-         lambda: evaluate(fast, shards["val"], options, args), first, step_flops)
-    if rank == 0:
-        finish(args, model, meta)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def loop(args, model, fast, optimizers, steps, validate, first, step_flops):
-    """Update; at their intervals log, validate, save. fast: `model`, compiled or not. steps: see prefetch."""
-    rank, world = rank_and_world()
-    wrapped = torch.nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
-    signals = [0]                           # Ctrl-C and SIGTERM: save, then exit
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    peak, saved, pending, clock = peak_flops(args.device), first, [], time.time()
-    bar = tqdm(total=args.max_iters, initial=first, disable=rank != 0, dynamic_ncols=True)
-
-    for step, batches in steps:
-        pending.append(update(wrapped, optimizers, batches, args, step))
-        done = step + 1
-        bar.update()
-        final = done == args.max_iters
-        logs = final or done % args.log_interval == 0
-        stop = signals[-1]
-        if world > 1:                       # all stop together, at a step that is logged; a sync
-            stop = int(all_reduce(torch.tensor(stop, device=args.device), dist.ReduceOp.MAX)) if logs else 0
-        validates = final or done % args.eval_interval == 0
-        saves = final or stop or done % args.save_interval == 0
-        if not (logs or validates or saves):
-            continue
-
-        numbers = all_reduce(torch.stack(pending)).cpu()        # (steps, 2): loss and gradient norm; a sync
-        bad = (~numbers.isfinite()).any(dim=1).nonzero()
-        if len(bad) or saves and not all(p.isfinite().all() for p in model.parameters()):
-            bar.close()
-            at = done - len(pending) + 1 + int(bad[0]) if len(bad) else done
-            say(f"error: loss, gradient or weights not finite at step {at}; "
-                + (f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"))
-            sys.exit(1)
-        seconds = time.time() - clock
-        rate = len(pending) * args.batch_tokens / seconds
-        line = dict(step=done, tokens=done * args.batch_tokens, train_loss=numbers[:, 0].mean().item(),
-                    grad_norm=numbers[-1, 1].item(), lr=optimizers[0].param_groups[0]["lr"],
-                    tokens_per_second=rate)
-        if peak:
-            line["mfu"] = len(pending) * step_flops / seconds / peak
-        if validates:
-            bar.set_postfix_str("validating")
-            line["val_loss"] = validate()
-            say(f"step {done}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}")
-        bar.set_postfix_str(f"loss {line['train_loss']:.3f}, {rate:.0f} tokens/s"
-                            + (f", MFU {line['mfu']:.0%}" if peak else ""))
-        if rank == 0:
-            with open(os.path.join(args.out_dir, "log.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if saves:
-                save_checkpoint(args.out_dir, model, optimizers, done)
-        saved = done if saves else saved
-        pending, clock = [], time.time()
-        if stop and not final:
-            bar.close()
-            say(f"stopped at step {done} and saved; "
-                f"go on with: python train.py --resume --out_dir {args.out_dir}")
-            sys.exit(128 + stop)
-    bar.close()
-
-
-def finish(args, model, meta):
-    """The result: validation loss in nats per token and bits per byte, and a short sample."""
-    with open(os.path.join(args.out_dir, "log.jsonl")) as file:
-        val_loss = [json.loads(line) for line in file][-1]["val_loss"]
-    split = meta["splits"]["val"]
-    bits = val_loss / math.log(2) * split["tokens"] / split["bytes"]
-    kind = "of next tokens" if args.objective == "ar" else f"under the {args.objective} objective"
-    say(f"validation loss {val_loss:.4f} nats per token {kind}, {bits:.3f} bits per byte; "
-        f"checkpoint in {args.out_dir}")
-    encoding = load_tokenizer(args.out_dir)
-    ids = generate(model.eval(), [encoding.eot_token], min(80, args.block_size - 1), temperature=0.8,
-                   generator=torch.Generator().manual_seed(args.seed))
-    say("--- a sample (more: python sample.py --checkpoint " + args.out_dir + ") ---\n"
-        + encoding.decode(ids[1:]))
-
 
 def main(argv=None):
+    show_any_character()
     args = parse_args(argv)
     reuse_memory()
     with one_line_errors(DataError, OSError):

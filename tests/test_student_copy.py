@@ -1,0 +1,147 @@
+"""
+The student copy: blank where it should be, complete elsewhere, and without a solution anywhere in it.
+
+    python -m pytest tests/test_student_copy.py
+"""
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dev import student_copy
+from dev.student_copy import EXERCISES, ROOT, blank, make_copy, tracked_files
+
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without git has no tracked files")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """(folder, the removed lines) of a copy with all exercises blank."""
+    folder = tmp_path_factory.mktemp("student") / "copy"
+    removed = make_copy(folder, list(EXERCISES))
+    return folder, removed
+
+
+def run_tests(folder, *args):
+    """{test: outcome} of a pytest run in the folder, and its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *args], cwd=folder,
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    outcomes = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) (?:\[\d+\] )?(\S+)", done.stdout, flags=re.M)
+    return {name: outcome for outcome, name in outcomes}, done.stdout + done.stderr
+
+
+def code_tokens(line):
+    """A line of code without its comment and its spaces."""
+    return re.sub(r"\s+", "", line.split("#")[0])
+
+
+def test_blank_keeps_signature_and_docstring_and_says_which_exercise():
+    source = '\n'.join([
+        "class A:", "    def f(self, x):", '        """Twice x."""', "        # double", "        return 2 * x", "",
+        "", "def g(x): # one", "    y = x", "    return y", "", "", "z = 1", ""])
+    new, removed = blank(source, ["A.f", "g"], 3)
+    assert new == '\n'.join([
+        "class A:", "    def f(self, x):", '        """Twice x."""',
+        '        raise NotImplementedError("exercise 3: A.f, see docs/EXERCISES.md")', "", "",
+        "def g(x): # one", '    raise NotImplementedError("exercise 3: g, see docs/EXERCISES.md")', "", "",
+        "z = 1", ""])
+    assert sorted(removed) == sorted(["        # double", "        return 2 * x", "    y = x", "    return y"])
+
+
+def test_a_function_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="no function h"):
+        blank("def g(x):\n    return x\n", ["h"], 1)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_the_functions_exist_and_are_blank_in_the_copy(copy, number):
+    folder, _ = copy
+    for name, functions in EXERCISES[number].items():
+        tree = ast.parse((folder / name).read_text())
+        for function in functions:
+            node = student_copy.find_function(tree, function)
+            assert ast.get_docstring(node), f"{function} has no docstring that defines it"
+            assert [type(part) for part in node.body[1:]] == [ast.Raise]
+            assert f"exercise {number}: {function}" in ast.unparse(node.body[1])
+
+
+def test_no_line_of_a_solution_is_left_anywhere(copy):
+    """Lines of 25 characters or more, without spaces and comments. (Shorter ones, `return total`, say nothing.)
+
+    A line that other code of ours has for its own purpose is no hint: it must stand in the repository outside
+    of the blank functions as well, and then it is listed here.
+    """
+    folder, removed = copy
+    distinctive = {code_tokens(line) for line in removed if len(code_tokens(line)) >= 25}
+    assert len(distinctive) > 30, "too few lines were removed to test anything"
+    left = []
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".md", ".txt", ".ini", ".json", ".patch", ""):
+            for line in path.read_text(errors="replace").splitlines():
+                if code_tokens(line) in distinctive:
+                    left.append(f"{path.relative_to(folder)}: {line.strip()}")
+    assert not left, "\n".join(left)
+
+
+def test_nothing_that_holds_answers_is_in_the_copy(copy):
+    folder, _ = copy
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in names:
+        assert not student_copy.is_left_out(name), name
+        assert "__pycache__" not in name and ".git/" not in name
+    kept = {name for name in tracked_files() if not student_copy.is_left_out(name)}
+    assert names == kept, "the copy lacks files, or has others"
+    assert "docs/EXERCISES.md" in names and "docs/ANSWERS.md" not in names
+
+
+def test_the_copy_imports(copy):
+    folder, _ = copy
+    modules = [path.stem for path in folder.glob("*.py")]
+    subprocess.run([sys.executable, "-B", "-c", f"import {', '.join(modules)}"], cwd=folder, check=True)
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "work.py").write_text("precious")
+    done = subprocess.run([sys.executable, ROOT / "dev" / "student_copy.py", tmp_path / "mine"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "exists already" in done.stderr
+    assert (tmp_path / "mine" / "work.py").read_text() == "precious"
+    assert not (tmp_path / "mine.tmp").exists()
+
+
+def test_an_exercise_without_code_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="exercise 6 has no function"):
+        make_copy(tmp_path / "copy", [6])
+
+
+@pytest.mark.slow
+def test_every_exercise_fails_in_the_copy_and_all_else_passes_or_is_skipped(copy):
+    folder, _ = copy
+    outcomes, said = run_tests(folder, "-m", "not slow")
+    assert "ERROR" not in outcomes.values(), said[-3000:]
+    exercises, _ = run_tests(folder, "-m", " or ".join(f"exercise{n}" for n in EXERCISES))
+    assert exercises and set(exercises.values()) == {"FAILED"}, exercises
+    others = {name: outcome for name, outcome in outcomes.items() if name not in exercises}
+    failed = [name for name, outcome in others.items() if outcome == "FAILED"]
+    assert not failed, failed
+    assert "exercise" in said.split("SKIPPED", 1)[1], "a skipped test gives its reason"
+
+
+@pytest.mark.slow
+def test_with_the_original_bodies_put_back_everything_passes(copy, tmp_path):
+    """Each exercise alone blank, then solved by the original file: its tests fail, then pass."""
+    for number, files in EXERCISES.items():
+        folder = tmp_path / str(number)
+        make_copy(folder, [number])
+        outcomes, said = run_tests(folder, "-m", f"exercise{number}")
+        assert outcomes and set(outcomes.values()) == {"FAILED"}, said[-2000:]
+        for name in files:
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+        outcomes, said = run_tests(folder, "-m", f"exercise{number}")
+        assert outcomes and set(outcomes.values()) == {"PASSED"}, said[-2000:]
