@@ -224,6 +224,7 @@ def test_of(run, name):
 # What the evaluations of a run have left, as {measurement: numbers}
 
 MATCHED = ", masks as in training"
+UNIGRAM = "perplexity, word frequencies alone"
 BASELINES = {"embeddings": "its input embeddings", "untrained": "before training"}
 
 
@@ -261,7 +262,7 @@ def perplexities(report, tests):
         out[name] = {"value": result["perplexity"], "test": test, "tokens": report["tokens"][k],
                      "nats": [round(nats, 3) for nats in report["nats"][k]]}
     if report["unigram"] and not kind:
-        out["perplexity, word frequencies alone"] = {"value": report["unigram"]["perplexity"]}
+        out[UNIGRAM] = {"value": report["unigram"]["perplexity"]}
     return out
 
 
@@ -325,28 +326,34 @@ def spread(values):
     """Mean [least, greatest], with as many digits as make sense."""
     if not values:
         return "-"
-    digits = 0 if np.mean(values) >= 100 else 1
-    return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    mean = np.mean(values)
+    digits = 0 if mean >= 100 else 1
+    return f"{mean:.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 def difference_table(differences):
     """One row per difference: mean over seeds [least, greatest], both errors, and the verdict."""
     rows = [["difference", "measurement", "mean over seeds", "se seeds", "se test", "verdict"]]
-    for d in differences:
-        is_ratio = d["measurement"].startswith("perplexity")
-        sign, digits = ("/", 3) if is_ratio else ("-", 1)
-        unit = "ratio" if is_ratio else "points"
-        values = np.array([d["mean"], min(d["by_seed"]), max(d["by_seed"])])
-        scale = 1
-        if is_ratio:
-            values = np.exp(values)
-            scale = values[0]                       # d exp(x) = exp(x) dx
-        mean, least, greatest = [f"{value:.{digits}f}" for value in values]
-        se_seeds, se_test = ["-" if d[kind] is None else f"{scale * d[kind]:.{digits}f}"
-                             for kind in ("se_seeds", "se_test")]
-        verdict = "-" if d["shown"] is None else "shown" if d["shown"] else "not shown"
-        rows.append([f"{d['setting']} {sign} {d['against']}", f"{d['measurement']}, {unit}",
-                     f"{mean} [{least}, {greatest}]", se_seeds, se_test, verdict])
+    for found in differences:
+        mean = found["mean"]
+        least = min(found["by_seed"])
+        greatest = max(found["by_seed"])
+
+        # Nats become a ratio, points stay points
+        sign, unit, digits, scale = "-", "points", 1, 1.0
+        if found["measurement"].startswith("perplexity"):
+            sign, unit, digits = "/", "ratio", 3
+            mean, least, greatest = np.exp([mean, least, greatest])
+            scale = mean                            # of an error: d exp(x) = exp(x) dx
+
+        def error(kind):
+            return "-" if found[kind] is None else f"{scale * found[kind]:.{digits}f}"
+
+        verdict = {True: "shown", False: "not shown", None: "-"}[found["shown"]]
+        rows.append([f"{found['setting']} {sign} {found['against']}",
+                     f"{found['measurement']}, {unit}",
+                     f"{mean:.{digits}f} [{least:.{digits}f}, {greatest:.{digits}f}]",
+                     error("se_seeds"), error("se_test"), verdict])
     return markdown(rows)
 
 
@@ -589,7 +596,8 @@ def execute(plans, args):
         nonlocal begun
         for words, work in commands:
             begun += 1
-            print(f"[{begun} of {total}, {time_left()}] python {shlex.join(words)}\n", end="", flush=True)
+            line = f"[{begun} of {total}, {time_left()}] python {shlex.join(words)}\n"
+            print(line, end="", flush=True)             # whole, whatever the other jobs print
             start = time.time()
             call(words, args)
             if words[0] != "train.py":
@@ -623,7 +631,7 @@ def plot(runs, tests, path):
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot_perplexity(runs, left)
     plot_gains(runs, tests, right)
@@ -643,15 +651,12 @@ def plot_perplexity(runs, axes):
         if curve:
             lengths = sorted(curve)
             band(axes, lengths, [curve[k] for k in lengths], i)
-            ends.append((lengths[-1], np.mean(curve[lengths[-1]]), setting, style(i)["color"]))
+            last = lengths[-1]
+            ends.append((last, np.mean(curve[last]), setting, style(i)["color"]))
 
-    # The level that knows no context
-    alone = [run["measurements"]["perplexity, word frequencies alone"]["value"]
-             for by_seed in runs.values() for run in by_seed.values()
-             if "perplexity, word frequencies alone" in run["measurements"]]
-    if alone:
-        dotted(axes, np.mean(alone))
-
+    level = without_context(runs)
+    if level:
+        dotted(axes, level)
     axes.set(xscale="log", yscale="log", xlabel="prompt length (tokens)",
              ylabel="perplexity of the next token", title="Generation (lower is better)")
     plain_numbers(axes.yaxis)
@@ -669,10 +674,19 @@ def band(axes, x, values, i):
     axes.plot(x, [np.mean(v) for v in values], **style(i))
 
 
+def without_context(runs):
+    """The perplexity of word frequencies alone, None if it was not measured."""
+    for by_seed in runs.values():
+        for run in by_seed.values():
+            if UNIGRAM in run["measurements"]:
+                return run["measurements"][UNIGRAM]["value"]
+    return None
+
+
 def dotted(axes, level):
     axes.axhline(level, color="gray", linestyle=":")
-    axes.annotate("word frequencies alone", (0.02, level), xycoords=("axes fraction", "data"),
-                  xytext=(0, 3), textcoords="offset points", color="gray", fontsize=9)
+    axes.annotate("word frequencies alone", (1, level), xycoords=("axes fraction", "data"),
+                  xytext=(0, 3), textcoords="offset points", color="gray", fontsize=9, ha="right")
 
 
 def plain_numbers(axis):
@@ -685,6 +699,7 @@ def plain_numbers(axis):
 
 def label_ends(axes, ends):
     """Write each setting at the end of its line. Labels that would overlap are moved apart."""
+    axes.spines[["top", "right"]].set_visible(False)        # room for the labels
     axes.figure.draw_without_rendering()                    # settles the scales
     gap = 13                                                # points, the height of a label
     above = -math.inf
@@ -721,12 +736,14 @@ def plot_gains(runs, tests, axes):
             axes.errorbar(x + shift, mean, se, capsize=3, linewidth=1, label=label, **style(i))
             label = None                                            # once in the legend
 
+    axes.spines[["top", "right"]].set_visible(False)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(names)), names.values())
     axes.set(ylabel="points above its input embeddings",
              title="Linear probes (higher is better)")
     if names:
-        axes.legend(fontsize=9, ncols=2)
+        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                           frameon=False)
 
 
 def plot_curves(runs, path):
@@ -737,22 +754,21 @@ def plot_curves(runs, path):
     axes = figure.subplots()
     ends = []
     for i, (setting, by_seed) in enumerate(runs.items()):
-        curve = {}                                                  # {tokens: losses of the seeds}
+        curve = {}                                                  # {million tokens: losses of the seeds}
         for run in by_seed.values():
             for line in read_log(Path(run["folder"], "log.jsonl")):
                 if "val_loss" in line:
-                    curve.setdefault(line["tokens"], []).append(line["val_loss"])
+                    curve.setdefault(line["tokens"] / 1e6, []).append(line["val_loss"])
         if curve:
             tokens = sorted(curve)
             band(axes, tokens, [curve[t] for t in tokens], i)
-            ends.append((tokens[-1], np.mean(curve[tokens[-1]]), setting, style(i)["color"]))
+            last = tokens[-1]
+            ends.append((last, np.mean(curve[last]), setting, style(i)["color"]))
 
-    alone = [math.log(run["measurements"]["perplexity, word frequencies alone"]["value"])
-             for by_seed in runs.values() for run in by_seed.values()
-             if "perplexity, word frequencies alone" in run["measurements"]]
-    if alone:
-        dotted(axes, np.mean(alone))
-    axes.set(xlabel="tokens seen", ylabel="validation loss (nats per scored token)",
+    level = without_context(runs)
+    if level:
+        dotted(axes, math.log(level))
+    axes.set(xlabel="tokens seen (millions)", ylabel="validation loss (nats per scored token)",
              title="Each objective's own loss")
     label_ends(axes, ends)
     figure.savefig(path, dpi=150)
@@ -775,7 +791,8 @@ def build_parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     p.add_argument("--runs", nargs="+", default=list(OBJECTIVES), metavar="SETTING",
                    help="an objective and flags of train.py, each setting in quotes")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of every setting for each")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
+                   help="every setting is trained once with each")
     p.add_argument("--against", nargs="+", metavar="SETTING",
                    help="settings that the others are compared with (default: the first)")
     p.add_argument("--max_iters", type=int, default=1500,

@@ -167,7 +167,8 @@ def cells(text):
 
 
 def test_table_has_mean_least_and_greatest():
-    runs = runs_of(ar={"0": {"perplexity, all": perplexity(40.0)}, "1": {"perplexity, all": perplexity(60.0)}},
+    runs = runs_of(ar={"0": {"perplexity, all": perplexity(40.0)},
+                       "1": {"perplexity, all": perplexity(60.0)}},
                    mlm={"0": {"perplexity, all": perplexity(400.0),
                               "perplexity, all, masks as in training": perplexity(200.0)}})
     rows = cells(compare.table(runs))
@@ -200,8 +201,9 @@ def test_masks_as_in_training_are_compared_with_the_only_perplexity_of_others():
 
 
 def test_another_text_is_not_judged():
-    runs = runs_of(ar={"0": {"perplexity, all": perplexity(0, (1, 1))}, "1": {"perplexity, all": perplexity(0)}},
-                   vlm={seed: {"perplexity, all": perplexity(0, (9, 9), test="other")} for seed in "01"})
+    name = "perplexity, all"
+    runs = runs_of(ar={seed: {name: perplexity(0, (1, 1))} for seed in "01"},
+                   vlm={seed: {name: perplexity(0, (9, 9), test="other")} for seed in "01"})
     [found] = compare.compare(runs, {}, ["ar"])
     assert found["shown"] is None and found["se_test"] is None
 
@@ -219,9 +221,11 @@ class Scripts:
         if len(self.commands) == self.stop_after:
             raise ValueError("stopped here")
         self.commands.append(" ".join(words))
-        {"train.py": self.train, "eval_ppl.py": self.eval_ppl, "eval_glue.py": self.eval_glue}[words[0]](words)
+        play = {"train.py": self.train, "eval_ppl.py": self.eval_ppl, "eval_glue.py": self.eval_glue}
+        play[words[0]](words)
 
     def train(self, words):
+        # The flags in force
         options = flags.build_parser().parse_args(words[1:])
         folder = Path(options.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,14 +235,17 @@ class Scripts:
             options = vars(options)
             for name, value in flags.PRESETS[options["preset"]].items():
                 options[name] = value if options[name] is None else options[name]
+
+        # Config, weights that depend on the flags, log
         meta = Path(options["data_dir"], options["dataset"], "meta.json")
         dataset = {"meta": common.file_sha256(meta)} if meta.exists() else {}
         (folder / "config.json").write_text(json.dumps(
             {"model": {}, "train": options, "sources": common.source_digests(), "dataset": dataset}))
         generator = torch.Generator().manual_seed(options["seed"] + options["lookahead"])
         self.save(folder, torch.rand(3, generator=generator), options["max_iters"])
-        (folder / "log.jsonl").write_text(
-            '{"step": 1, "tokens": 100, "val_loss": 7.0}\nhalf a li\n{"step": 2, "tokens": 200, "val_loss": 6.5}\n')
+        (folder / "log.jsonl").write_text('{"step": 1, "tokens": 100, "val_loss": 7.0}\n'
+                                          'half a li\n'
+                                          '{"step": 2, "tokens": 200, "val_loss": 6.5}\n')
 
     def save(self, folder, weights, step):
         torch.save({"model": {"w": weights}, "optimizer": [], "step": step}, folder / "ckpt.pt")
@@ -256,7 +263,8 @@ class Scripts:
         result = {"perplexity": 100 * level}
         lengths = ["1", "2", "8", "64"]
         report = {**head, "text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": suffix,
-                  "all": result, "prompt_lengths": {k: {"perplexity": 1000 * level / int(k)} for k in lengths},
+                  "all": result,
+                  "prompt_lengths": {k: {"perplexity": 1000 * level / int(k)} for k in lengths},
                   "unigram": {"nats_per_token": 6.3, "perplexity": 544.6},
                   "documents": {"windows": [1, 2, 1], "bytes": [50, 90, 40], "words": [9, 19, 8]},
                   "nats": {k: [100.12345 + level, 210.0, 95 * level] for k in [*lengths, "all"]},
@@ -266,10 +274,11 @@ class Scripts:
     def eval_glue(self, words):
         folder, head, level = self.loaded(words)
         rows = []
+        predictions = "0011" if level > 0.5 else "0001"
         for pool in ("mean", "max"):
             rows.append({"task": "stdlib-pair", "metric": "accuracy", "pool": pool, "layer": None,
                          "directions": None, "protocol": "probe", "max_train": 0,
-                         "model": {"value": 0.75, "se": 0.1, "predictions": "0011" if level > 0.5 else "0001"},
+                         "model": {"value": 0.75, "se": 0.1, "predictions": predictions},
                          "embeddings": {"value": 0.5, "se": 0.1, "predictions": "0110"}})
         common.write_result(folder / "eval_glue.json",
                             {**head, "results": rows,
@@ -325,7 +334,8 @@ def test_every_setting_is_trained_and_evaluated_in_a_folder_with_its_name(script
 def test_a_setting_of_its_own_number_of_updates(scripts):
     report = run("--runs", "ar --max_iters 7", "mlm")
     assert [run["0"]["step"] for run in report["runs"].values()] == [7, 3]
-    assert [command.endswith("matched") for command in scripts.commands].count(True) == 1, "mlm: 15 % of masks"
+    matched = [command for command in scripts.commands if command.endswith("matched")]
+    assert len(matched) == 1 and "mlm-0" in matched[0]
 
 
 def test_what_is_finished_is_kept_and_said(scripts, capsys):
@@ -335,7 +345,8 @@ def test_what_is_finished_is_kept_and_said(scripts, capsys):
     assert run("--runs", "ar", "mlm") == first
     assert len(scripts.commands) == done
     out = capsys.readouterr().out
-    assert f"kept {Path('out/compare/mlm-0')}: train.py, eval_ppl.py, eval_ppl.py --suffix matched, eval_glue.py" in out
+    kept = "train.py, eval_ppl.py, eval_ppl.py --suffix matched, eval_glue.py"
+    assert f"kept {Path('out/compare/mlm-0')}: {kept}\n" in out
     run("--runs", "ar", "mlm", "vlm", "--seeds", "0", "1")          # extended
     assert len(scripts.commands) == done + 3 + 10
 
@@ -511,8 +522,10 @@ def test_sources_are_what_training_imports():
     """Every file of ours that train.py imports, directly or not; sample.py writes its last lines only."""
     def imports(name):
         tree = ast.parse((ROOT / name).read_text())
-        modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        modules += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules += [alias.name for alias in node.names]
         return {f"{module}.py" for module in modules if (ROOT / f"{module}.py").exists()}
 
     found, new = set(), {"train.py"}
@@ -585,7 +598,8 @@ def test_a_small_run_of_all_scripts_resumes_and_notices_edits(toy, tmp_path):
     report = json.loads((folder / "mlm-0/eval_ppl_val_left-to-right-matched.json").read_text())
     measured = saved["runs"]["mlm"]["0"]["measurements"]["perplexity, all, masks as in training"]
     assert measured["value"] == report["all"]["perplexity"]
-    assert sum(measured["nats"]) / sum(measured["tokens"]) == pytest.approx(math.log(measured["value"]), abs=1e-3)
+    mean_nats = sum(measured["nats"]) / sum(measured["tokens"])
+    assert mean_nats == pytest.approx(math.log(measured["value"]), abs=1e-3)
     probe = saved["runs"]["ar"]["1"]["measurements"]["stdlib-pair, accuracy, mean"]
     test = saved["tests"][probe["test"]]
     assert 100 * np.mean(compare.decode(probe["predictions"]) == compare.decode(test["labels"])) \
