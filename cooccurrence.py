@@ -551,10 +551,12 @@ def part5(args):
 # -----------------------------------------------------------------------------
 # The figure, and the command line
 
-def draw(axis, title, xlabel, ylabel, x, curves, **settings):
-    """One panel. curves: {name: y}."""
+def draw(axis, title, xlabel, ylabel, curves, x=None, **settings):
+    """One panel. curves: {name: y}, over x or over 1, 2, ..."""
     for name, y in curves.items():
-        axis.plot(x, y, "o-", label=name)
+        points = range(1, len(y) + 1) if x is None else x
+        style = "o-" if len(y) < 20 else "-"
+        axis.plot(points, y, style, label=name)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
     axis.legend(fontsize=8)
 
@@ -566,14 +568,14 @@ def figure(path, spectra, masking, errors, sizes):
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 
     short = {name: spectra[name] for name in short_contexts()}
-    draw(left, "1. Two visible tokens", "i", "singular value $s_i$", range(1, 10), short)
+    draw(left, "1. Two visible tokens", "i", "singular value $s_i$", short)
 
     ratio, *chi2 = masking.T
     curves = dict(zip(["ar, equal length", "mlm", "mlm, position in query"], chi2))
     draw(middle, "1. Too few masks, and the claim fails", "mask ratio", r"$\sum_{i>1} s_i^2$",
-         ratio, curves)
+         curves, ratio)
 
-    draw(right, "3. Probe of three features", "training texts", "error", sizes, errors,
+    draw(right, "3. Probe of three features", "training texts", "error", errors, sizes,
          xscale="log", ylim=0)
     fig.savefig(path, dpi=100)
 
