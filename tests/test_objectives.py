@@ -223,7 +223,7 @@ def scored_positions(batch, x, options, masked=None):
     scored = np.zeros(x.size, dtype=bool)
     scored[positions] = True
     scored = scored.reshape(x.shape)
-    if options.corruption == "bert":
+    if "bert" in (options.corruption,):
         explain_bert_inputs(batch, x, options, scored, masked)
     else:
         explain_masked_inputs(batch, x, options, scored, masked)
