@@ -13,8 +13,9 @@ are those of the model's own joint distribution. Two things to know when reading
 - A model that has learned little has small singular values for the wrong reason: it predicts p(y)
   everywhere, and chi2 is 0. So compare models along their training (several checkpoints of a run) or
   at equal validation loss, which is printed beside.
-- chi2 of n contexts is too small on average, by about a constant over n (one context: 0). So it is
-  printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2).
+- chi2 of n contexts is too small on average (one context: 0), for large n by a constant over n. So it
+  is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). That is still too small
+  while the differences from n/4 to n/2 to n do not halve.
 
     python spectrum.py --checkpoint out/ar out/dar out/mlm out/vlm
     python spectrum.py --checkpoint out/ar out/vlm --contexts 32768 --plot spectrum.png
@@ -47,7 +48,8 @@ from objectives import OBJECTIVES, Draw, Options, window_size
 def normalize(P, weights):
     """N[c, y] = sqrt(w_c) P(y|c) / sqrt(p(y)), p = sum of w_c P(.|c).
 
-    P (n, V) float64: each row a distribution. weights (n,): of the contexts, summing to 1 (1/n each).
+    P (n, V) float64: each row a distribution. weights (n,): of the contexts, in any unit (1/n each, to
+    get the definition above).
     """
     p = weights @ P                                                         # (V,)
     return np.sqrt(weights)[:, None] * P * cooccurrence.inverse_sqrt(p)
@@ -66,7 +68,7 @@ def chi2(P, weights, parts=1):
     """Sum of s_i^2 beyond s_1, mean over equal parts of the contexts: 2 is what n/2 contexts give."""
     values = []
     for rows in np.array_split(np.arange(len(P)), parts):
-        N = normalize(P[rows], weights[rows] / weights[rows].sum())
+        N = normalize(P[rows], weights[rows])
         values.append((N ** 2).sum() - 1)
     return np.mean(values)
 
@@ -150,13 +152,12 @@ def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
             pooled.append(pooled_features(model, contexts.text))
 
     # The model's joint distribution of context and target
-    P, weights = np.concatenate(P), np.concatenate(weights)
-    weights = weights / weights.sum()
+    P, weights, losses = np.concatenate(P), np.concatenate(weights), np.concatenate(losses)
     s = singular_values(P, weights)
     hitting = cooccurrence.report(s)["hitting"]
     whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
     result = {"contexts": n,
-              "loss": weights @ np.concatenate(losses),
+              "loss": np.average(losses, weights=weights),
               "chi2": whole, "chi2_half": half, "chi2_quarter": quarter,
               "chi2_limit": 2 * whole - half,
               "hitting": hitting if hitting < math.inf else None,
