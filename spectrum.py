@@ -37,9 +37,8 @@ from tqdm import tqdm
 
 import cooccurrence
 import data
-from common import (DataError, Help, add_device_flags, align, file_sha256, has_matplotlib,
-                    load_checkpoint, one_line_errors, pick_device, pick_dtype, result_path,
-                    write_result)
+from common import (DataError, Help, add_device_flags, align, file_sha256, load_checkpoint,
+                    one_line_errors, pick_device, pick_dtype, result_path, write_result)
 from objectives import OBJECTIVES, Draw, Options, window_size
 
 # -----------------------------------------------------------------------------
@@ -179,9 +178,8 @@ def held_out_text(checkpoint, config, data_dir=None):
     # The same name may stand for other text or other tokens
     folder = os.path.join(data_dir, train["dataset"])
     digests = config.get("dataset", {})
-    same = all(file_sha256(os.path.join(folder, f"{name}.json")) == digest
-               for name, digest in digests.items())
-    if not same or meta["vocab_size"] != config["model"]["vocab_size"]:
+    found = {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in digests}
+    if found != digests or meta["vocab_size"] != config["model"]["vocab_size"]:
         raise DataError(f"{folder} is not the dataset that {checkpoint} was trained on: "
                         "--data_dir names another folder")
 
@@ -191,7 +189,7 @@ def held_out_text(checkpoint, config, data_dir=None):
 
 def table(results):
     """{checkpoint: result} -> text with one column per checkpoint."""
-    columns = list(results.values())
+    columns = [dict(result) for result in results.values()]
     numbers = [2 ** i for i in range(11)]                                   # s_1, s_2, s_4, .. s_1024
 
     def row(name, key, digits=3):
@@ -200,9 +198,10 @@ def table(results):
 
     rows = [["", *results], row("updates", "step", 0), row("validation loss (nats)", "loss")]
     for i in numbers:
-        values = [column["singular_values"][i - 1:i] for column in columns]
-        if any(values):
-            rows.append([f"s_{i}", *[f"{s[0]:.3f}" if s else "-" for s in values]])
+        for column in columns:
+            s = column["singular_values"]
+            column[f"s_{i}"] = s[i - 1] if i <= len(s) else None
+        rows.append(row(f"s_{i}", f"s_{i}"))
     rows += [row("chi2, all contexts", "chi2", 1),
              row("chi2, half of them", "chi2_half", 1),
              row("chi2, a quarter", "chi2_quarter", 1),
@@ -254,8 +253,7 @@ def main(argv=None):
             raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
         if args.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {args.seed}")
-        if args.plot and not has_matplotlib():
-            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+        cooccurrence.check_plot(args.plot)
         device = pick_device(args.device)
 
         results = {}
