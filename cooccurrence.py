@@ -597,16 +597,21 @@ def build_parser():
     return parser
 
 
+def check_plot(path):
+    """Raises ValueError or OSError if there is no matplotlib or `path` cannot be written."""
+    if path and not has_matplotlib():
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if path:
+        open(path, "ab").close()
+
+
 def check(args):
     """Raises ValueError before any work is done."""
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
     if args.plot and args.part:
         raise ValueError("--plot needs all parts: leave out --part")
-    if args.plot and not has_matplotlib():
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    if args.plot:
-        open(args.plot, "ab").close()
+    check_plot(args.plot)
 
 
 def main(argv=None):

@@ -13,8 +13,9 @@ are those of the model's own joint distribution. Two things to know when reading
 - A model that has learned little has small singular values for the wrong reason: it predicts p(y)
   everywhere, and chi2 is 0. So compare models along their training (several checkpoints of a run) or
   at equal validation loss, which is printed beside.
-- chi2 of n contexts is too small on average, by about a constant over n (one context: 0). So it is
-  printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2).
+- chi2 of n contexts is too small on average (one context: 0), for large n by a constant over n. So it
+  is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). That is still too small
+  while the differences from n/4 to n/2 to n do not halve.
 
     python spectrum.py --checkpoint out/ar out/dar out/mlm out/vlm
     python spectrum.py --checkpoint out/ar out/vlm --contexts 32768 --plot spectrum.png
@@ -36,9 +37,8 @@ from tqdm import tqdm
 
 import cooccurrence
 import data
-from common import (DataError, Help, add_device_flags, align, file_sha256, has_matplotlib,
-                    load_checkpoint, one_line_errors, pick_device, pick_dtype, result_path,
-                    write_result)
+from common import (DataError, Help, add_device_flags, align, file_sha256, load_checkpoint,
+                    one_line_errors, pick_device, pick_dtype, result_path, write_result)
 from objectives import OBJECTIVES, Draw, Options, window_size
 
 # -----------------------------------------------------------------------------
@@ -47,7 +47,8 @@ from objectives import OBJECTIVES, Draw, Options, window_size
 def normalize(P, weights):
     """N[c, y] = sqrt(w_c) P(y|c) / sqrt(p(y)), p = sum of w_c P(.|c).
 
-    P (n, V) float64: each row a distribution. weights (n,): of the contexts, summing to 1 (1/n each).
+    P (n, V) float64: each row a distribution. weights (n,): of the contexts, in any unit (1/n each, to
+    get the definition above).
     """
     p = weights @ P                                                         # (V,)
     return np.sqrt(weights)[:, None] * P * cooccurrence.inverse_sqrt(p)
@@ -66,7 +67,7 @@ def chi2(P, weights, parts=1):
     """Sum of s_i^2 beyond s_1, mean over equal parts of the contexts: 2 is what n/2 contexts give."""
     values = []
     for rows in np.array_split(np.arange(len(P)), parts):
-        N = normalize(P[rows], weights[rows] / weights[rows].sum())
+        N = normalize(P[rows], weights[rows])
         values.append((N ** 2).sum() - 1)
     return np.mean(values)
 
@@ -150,13 +151,12 @@ def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
             pooled.append(pooled_features(model, contexts.text))
 
     # The model's joint distribution of context and target
-    P, weights = np.concatenate(P), np.concatenate(weights)
-    weights = weights / weights.sum()
+    P, weights, losses = np.concatenate(P), np.concatenate(weights), np.concatenate(losses)
     s = singular_values(P, weights)
     hitting = cooccurrence.report(s)["hitting"]
     whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
     result = {"contexts": n,
-              "loss": weights @ np.concatenate(losses),
+              "loss": np.average(losses, weights=weights),
               "chi2": whole, "chi2_half": half, "chi2_quarter": quarter,
               "chi2_limit": 2 * whole - half,
               "hitting": hitting if hitting < math.inf else None,
@@ -178,9 +178,8 @@ def held_out_text(checkpoint, config, data_dir=None):
     # The same name may stand for other text or other tokens
     folder = os.path.join(data_dir, train["dataset"])
     digests = config.get("dataset", {})
-    same = all(file_sha256(os.path.join(folder, f"{name}.json")) == digest
-               for name, digest in digests.items())
-    if not same or meta["vocab_size"] != config["model"]["vocab_size"]:
+    found = {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in digests}
+    if found != digests or meta["vocab_size"] != config["model"]["vocab_size"]:
         raise DataError(f"{folder} is not the dataset that {checkpoint} was trained on: "
                         "--data_dir names another folder")
 
@@ -190,7 +189,7 @@ def held_out_text(checkpoint, config, data_dir=None):
 
 def table(results):
     """{checkpoint: result} -> text with one column per checkpoint."""
-    columns = list(results.values())
+    columns = [dict(result) for result in results.values()]
     numbers = [2 ** i for i in range(11)]                                   # s_1, s_2, s_4, .. s_1024
 
     def row(name, key, digits=3):
@@ -199,9 +198,10 @@ def table(results):
 
     rows = [["", *results], row("updates", "step", 0), row("validation loss (nats)", "loss")]
     for i in numbers:
-        values = [column["singular_values"][i - 1:i] for column in columns]
-        if any(values):
-            rows.append([f"s_{i}", *[f"{s[0]:.3f}" if s else "-" for s in values]])
+        for column in columns:
+            s = column["singular_values"]
+            column[f"s_{i}"] = s[i - 1] if i <= len(s) else None
+        rows.append(row(f"s_{i}", f"s_{i}"))
     rows += [row("chi2, all contexts", "chi2", 1),
              row("chi2, half of them", "chi2_half", 1),
              row("chi2, a quarter", "chi2_quarter", 1),
@@ -253,8 +253,7 @@ def main(argv=None):
             raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
         if args.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {args.seed}")
-        if args.plot and not has_matplotlib():
-            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+        cooccurrence.check_plot(args.plot)
         device = pick_device(args.device)
 
         results = {}

@@ -1,5 +1,5 @@
 """
-cooccurrence.py: the numbers in its tables, propositions on random cases, counterexamples; and objectives.py
+cooccurrence.py: the numbers in its tables, propositions on random cases, counterexamples. And objectives.py
 against the exact matrices, by a chi-square test.
 """
 import math
@@ -205,6 +205,17 @@ def test_table_3a(P, k, expected):
         assert verdict(s, reference) == mark
         got.append((s ** 2).sum() - 1)
     assert got == pytest.approx(expected, rel=1e-3, abs=6e-4)
+
+
+def test_verdicts():
+    reference = [1, .5, .4, .3, .2]
+    for s, mark in [([1, .5, .4, .3, .2 + 1e-8], "="),
+                    ([1, .5, .4, .3, .199], "E"),
+                    ([1, .5, .4, .3], "E"),                         # shorter: ends in a zero
+                    ([1, .3, .3, .301, .1], "A"),
+                    ([1, .3, .3, .35, .2], "X"),                    # chi2 smaller, tail larger
+                    ([1, .6, .4, .3, .1], "X")]:
+        assert verdict(np.array(s), np.array(reference)) == mark, s
 
 
 def test_table_3a_all_lengths(P):

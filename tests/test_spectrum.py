@@ -318,7 +318,8 @@ def run_folder(tmp_path_factory):
         config = Config(vocab_size=meta["vocab_size"], block_size=16, n_layer=1, n_head=2, n_embd=32)
         model = Transformer(config)
         if name == "random":
-            torch.nn.init.normal_(model.wte.weight)
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
         (folder / name).mkdir()
         common.save_config(folder / name, config, train=train, dataset=digests)
         common.save_checkpoint(folder / name, model, [], step=7)
@@ -343,14 +344,38 @@ def test_two_checkpoints_in_one_table(run_folder):
         assert s[0] == pytest.approx(1) and (np.diff(s) <= 0).all()
         assert (s[1:] ** 2).sum() == pytest.approx(result["chi2"], rel=1e-4, abs=1e-5)
         assert result["chi2_limit"] == pytest.approx(2 * result["chi2"] - result["chi2_half"])
+        assert result["chi2"] < 1e-6 if name == "untrained" else result["chi2"] > 0.1
+        assert result["hitting"] >= model.config.vocab_size - 1 - 1e-6
         assert 1 <= result["effective_rank"] <= 32
         assert f"{result['loss']:.3f}" in out.stdout
+        text = spectrum.sample_contexts(*spectrum.held_out_text(name, config), range(64), seed=0).text
+        assert (text < model.config.vocab_size).all()                       # nothing is masked
+        pooled = model.features(torch.from_numpy(text)).mean(1).detach().double().numpy()
+        variances = np.linalg.eigvalsh(np.cov(pooled.T, bias=True))[::-1]
+        assert np.array(result["feature_singular_values"]) ** 2 == pytest.approx(variances, abs=1e-6)
+        assert name == "untrained" or result["chi2_quarter"] < result["chi2_half"] < result["chi2"]
     columns = [line.split() for line in out.stdout.splitlines()]
     assert columns[0] == ["untrained", "random"] and ["s_1", "1.000", "1.000"] in columns
     assert {line[0] for line in columns[1:]} >= {"updates", "s_2", "s_64", "chi2,", "mean", "effective"}
 
 
-def test_the_same_result_again_and_the_same_loss_as_the_objective(run_folder):
+@pytest.mark.parametrize("objective", ["vlm", "dar"])
+def test_the_loss_is_the_objectives(objective, run_folder):
+    """On the sampled contexts, with the objective's weights: the mean over the model's own loss."""
+    model, config = common.load_checkpoint(run_folder / "random")
+    shards, _ = spectrum.held_out_text("random", config)
+    settings = Options(objective=objective, vocab_size=model.config.vocab_size, block_size=16, lookahead=3,
+                       dar_estimator="expectation")
+    contexts = spectrum.sample_contexts(shards, settings, range(24), seed=1)
+    assert contexts.targets.shape == (24, 3 if objective == "dar" else 1)
+    positions = torch.arange(24) * 16 + torch.from_numpy(contexts.position)
+    weights = torch.from_numpy(contexts.weights).float()
+    total = model(torch.from_numpy(contexts.inputs), positions, torch.from_numpy(contexts.targets), weights)
+    result = spectrum.measure(model, shards, settings, 24, seed=1, batch_size=10)
+    assert result["loss"] == pytest.approx(total.item() / weights.sum().item(), rel=1e-5)
+
+
+def test_measured_again_it_is_the_same(run_folder):
     model, config = common.load_checkpoint(run_folder / "random")
     shards, settings = spectrum.held_out_text("random", config)
     result = spectrum.measure(model, shards, settings, 40, seed=1, batch_size=16)
@@ -365,7 +390,7 @@ def test_the_same_result_again_and_the_same_loss_as_the_objective(run_folder):
 
 @pytest.mark.parametrize("arguments, reason", [
     (["--contexts", "3"], "at least 4"), (["--seed", "-1"], "at least 0"),
-    (["--checkpoint", "nowhere"], "no checkpoint"), (["--data_dir", "nowhere"], "no dataset")])
+    (["--checkpoint", "nowhere"], "no checkpoint"), (["--plot", "nowhere/a.png"], "No such file"), (["--data_dir", "nowhere"], "no dataset")])
 def test_bad_input_is_one_line_and_exit_2(arguments, reason, run_folder, capsys):
     with pytest.raises(SystemExit) as stop:
         spectrum.main(["--checkpoint", str(run_folder / "random"), *arguments])
