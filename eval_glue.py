@@ -111,7 +111,7 @@ def probe_all(model, task, eot, pools, args):
                "untrained": (untrained(model), [0])}        # [0]: its blocks start as the identity
     metric = METRICS[task.metrics[0]]
 
-    fits = {(kind, k): {} for kind in pools for k in args.directions}
+    fits = {(kind, k): {} for kind in pools for k in args.directions or [None]}
     for source, (network, candidates) in sources.items():
         for layer in candidates:
             train = extract(network, task.train.examples, eot, layer, pools)
@@ -529,9 +529,9 @@ def build_parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     p.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR",
                    help="one or several, one column each")
-    p.add_argument("--tasks", nargs="+", default=["glue"], metavar="TASK",
+    p.add_argument("--tasks", nargs="+", metavar="TASK",
                    choices=["glue", "stdlib", *GLUE, *STDLIB],
-                   help="glue (all nine), stdlib (both built-in ones), or any of "
+                   help="glue (all nine; if none are given), stdlib (both built-in ones), or any of "
                         f"{', '.join([*GLUE, *STDLIB])}")
     p.add_argument("--glue_dir", metavar="DIR",
                    help="folder with CoLA/train.tsv and so on, which is only read; without it data/glue, "
@@ -548,8 +548,9 @@ def build_parser():
     features.add_argument("--layer", type=layer_number, metavar="N",
                           help="features after N blocks (0: embeddings), or best: chosen on held-out "
                                "training examples; after all blocks unless given")
-    features.add_argument("--directions", nargs="+", type=direction_number, default=[None], metavar="K",
-                          help="probe only the K leading principal directions; all: no limit")
+    features.add_argument("--directions", nargs="+", type=direction_number, metavar="K",
+                          help="probe only the K leading principal directions; all unless given, or "
+                               "among others: 8 16 all")
     features.add_argument("--by_length", action="store_true",
                           help="show the result on short, middle and long texts too")
 
@@ -575,7 +576,7 @@ def check_flags(args):
         raise ValueError("max_train must be 0 (all) or at least 20")
     if not all(0 < lr < math.inf for lr in args.lr):
         raise ValueError("lr must be positive")
-    if args.finetune and (args.layer == "best" or args.directions != [None]):
+    if args.finetune and (args.layer == "best" or args.directions):
         raise ValueError("--layer best and --directions are for probes, not for --finetune")
 
 
@@ -584,7 +585,7 @@ def check_model(checkpoint, config, args):
     if args.layer not in (None, "best") and not 0 <= args.layer <= config.n_layer:
         raise ValueError(f"{checkpoint} has {config.n_layer} blocks: --layer can be 0 to "
                          f"{config.n_layer}, not {args.layer}")
-    for k in args.directions:
+    for k in args.directions or []:
         if k is not None and not 1 <= k <= config.n_embd:
             raise ValueError(f"{checkpoint} has {config.n_embd} features: --directions can be 1 to "
                              f"{config.n_embd}, not {k}")
@@ -596,7 +597,8 @@ def check_model(checkpoint, config, args):
 def load_tasks(args):
     """The tasks that were asked for. All are loaded before any is computed."""
     members = {"glue": GLUE, "stdlib": STDLIB}
-    names = list(dict.fromkeys(name for task in args.tasks for name in members.get(task, [task])))
+    names = list(dict.fromkeys(name for task in args.tasks or ["glue"]
+                               for name in members.get(task, [task])))
     if args.glue_dir:
         require(names, args.glue_dir)
     glue_dir = args.glue_dir or "data/glue"
