@@ -568,7 +568,8 @@ def call(words, args):
     if process.returncode:
         said = [line for line in output.splitlines() if line.strip()] or ["no output"]
         errors = [line for line in said if "error:" in line] or said
-        raise ValueError(f"python {shlex.join(words)} failed: {errors[-1]}")
+        raise ValueError(f"python {shlex.join(words)} failed (exit code {process.returncode}): "
+                         f"{errors[-1]}")
 
 
 def execute(plans, args):
@@ -800,8 +801,7 @@ def build_parser():
     p.add_argument("--train", default="", metavar="FLAGS",
                    help="flags of train.py for all runs, in quotes; the preset is tiny unless given here")
     p.add_argument("--eval_ppl", default="--val", metavar="FLAGS",
-                   help="flags of eval_ppl.py, in quotes; none leaves it out (a single flag needs "
-                        "the equals sign: --eval_ppl=--val)")
+                   help="flags of eval_ppl.py, in quotes; none leaves it out")
     p.add_argument("--eval_glue", default="--tasks stdlib", metavar="FLAGS",
                    help="flags of eval_glue.py, in quotes; none leaves it out")
     p.add_argument("--jobs", type=int, default=1, help="runs in parallel; on a CPU they share the cores")
@@ -892,8 +892,19 @@ def name_of(command):
     return command.words[0] + (" --suffix matched" if matched else "")
 
 
+def join_quoted(words):
+    """argparse would take the value in `--eval_ppl "--val"` for a flag of ours: --eval_ppl=--val is safe."""
+    out = []
+    for word in words:
+        if out and out[-1] in ("--train", "--eval_ppl", "--eval_glue"):
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
+    return out
+
+
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(join_quoted(sys.argv[1:] if argv is None else argv))
 
     def stop(number, frame):                                # the scripts save and end, then so do we
         for process in list(children):

@@ -483,7 +483,7 @@ def test_wrong_settings_are_refused_before_any_run(scripts, capsys, words, said)
 
 
 def test_evaluations_can_be_left_out(scripts):
-    report = run("--runs", "ar", "vlm", "--eval_glue", "none")
+    report = run("--runs", "ar", "vlm", "--eval_ppl", "--val", "--eval_glue", "none")
     assert scripts_of(scripts.commands) == ["train.py", "eval_ppl.py"] * 2
     assert all("perplexity" in d["measurement"] for d in report["differences"])
     run("--runs", "ar", "vlm", "--eval_ppl", "none")
