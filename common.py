@@ -41,27 +41,19 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """Errors of these kinds (default: ValueError, OSError) end the program:
-    one line on stderr, exit code 2.
+    """Errors of these kinds (default: ValueError, OSError) end the program with one line on stderr and
+    exit code 2. Any other error is a mistake of ours and keeps its traceback.
     """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:                 # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough. Python flushes stdout once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except kinds or (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def has_matplotlib():
-    """Whether matplotlib, which only --plot needs, is there and can be imported."""
-    try:
-        import matplotlib                                                   # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def show_any_character():
@@ -89,21 +81,34 @@ def output_may_close():
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: X)" to the help of a flag, unless X is None or the flag is a switch."""
+    """Adds "(default: X)" to the help of a flag, unless X is None, empty, or the flag is a switch."""
     def _get_help_string(self, action):
-        if action.default is None or action.default is False:
+        default = action.default
+        if default is None or default is False or default == "":
             return action.help
         return super()._get_help_string(action)
 
 
 def align(rows):
-    """Rows of equally many strings as one text: the first column to the left, the others to the right."""
+    """Rows of equally many strings as one text: the first column to the left, the others to the right.
+
+        [["", "ar"], ["loss", "3.1"]]  ->  "       ar\\nloss  3.1"
+    """
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def has_matplotlib():
+    """Whether matplotlib, which only --plot needs, can be imported."""
+    try:
+        import matplotlib                                                   # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 # -----------------------------------------------------------------------------
 # Writing: a file gets its name when it is complete and on the disk
@@ -236,14 +241,32 @@ def fetch(url, path, sha256=None, size=None):
 # -----------------------------------------------------------------------------
 # Devices
 
+# Dense bfloat16 FLOP/s by the data sheets, {the name that the driver reports: peak}. Names are matched as a
+# whole: a laptop's RTX 4090, a slice of an A100 (MIG) or an H100 NVL is a different card
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 PCIe": 756e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-SXM4-80GB": 312e12,
+    "A100-PCIE-40GB": 312e12,
+    "A100 80GB PCIe": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "GeForce RTX 4090": 165e12,
+    "GeForce RTX 3090": 71e12,
+}
+
+
 def peak_flops(device):
-    """Dense bfloat16 FLOP/s by the data sheet,
-    or None for a device that is not listed: no utilisation, not a wrong one.
+    """Dense bfloat16 FLOP/s by the data sheet, or None for a card that is not in PEAK_FLOPS: no utilisation
+    is better than a wrong one.
     """
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peaks = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-             "L4": 121e12, "A10G": 70e12, "4090": 165e12, "3090": 71e12}
-    return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return PEAK_FLOPS.get(name.removeprefix("NVIDIA "))         # older drivers leave out the prefix
 
 
 def add_device_flags(parser, dtype="auto"):
@@ -256,44 +279,57 @@ def add_device_flags(parser, dtype="auto"):
 
 
 def pick_device(device="auto"):
-    """The device to use; "auto" takes a GPU if there is one, and every process of torchrun its own.
+    """The device to use: "auto" takes a GPU if there is one, and every process of torchrun its own.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that does not exist.
     """
     if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
+        device = "cpu"
+        if torch.backends.mps.is_available():
+            device = "mps"
+        if torch.cuda.is_available():
+            device = "cuda"
+
+    # Before anything is put on the first GPU
     if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"             # before anything is put on the first GPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} is not available: {reason}") from None
     return device
 
 
 def pick_dtype(dtype="auto", device="cpu"):
-    """The dtype of the activations;
-    "auto" is bfloat16 where the hardware multiplies it natively, else float32.
+    """The dtype of the activations: "auto" is bfloat16 where the hardware multiplies it natively, else
+    float32.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
+    native = False
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:                                                       # AVX512-BF16 or AMX
-        tests = [getattr(torch.cpu, name, None)
-                 for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-        native = device == "cpu" and any(test() for test in tests if test)
+    elif device == "cpu":
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            is_supported = getattr(torch.cpu, name, None)       # not in every version of torch
+            native = native or bool(is_supported and is_supported())
     return torch.bfloat16 if native else torch.float32
 
 
 def reuse_memory():
     """Let this process keep freed memory for its next step (Linux with glibc; elsewhere nothing happens).
 
-    By default glibc hands every large buffer back to the kernel, which zeroes it when it is asked for again:
-    15 to 30 % of a training step on a CPU (LOG.md). For scripts, at their start: it holds for the process.
+    For training on a CPU, where every step asks for the same large buffers. By default glibc gives each of
+    them back to the kernel, which zeroes it when it is asked for again: 15 to 30 % of a step (dev/LOG.md).
+    An evaluation gains nothing and would need up to 1.5 times the memory.
+
+    To be called at the start of a script: it holds for the whole process.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-4, 0)                                          # M_MMAP_MAX: no buffer of its own mapping
         mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: give nothing back
@@ -377,10 +413,10 @@ SOURCES = ["objectives.py", "model.py", "train.py", "flags.py", "data.py", "docu
            "common.py"]
 
 
-def source_digests():
-    """{file name: sha256} of SOURCES as they are now. train.py stores it in config.json as "sources"."""
+def source_digests(names=SOURCES):
+    """{file name: sha256} of our files as they are now. train.py stores it in config.json as "sources"."""
     here = Path(__file__).parent
-    return {name: file_sha256(here / name) for name in SOURCES if (here / name).exists()}
+    return {name: file_sha256(here / name) for name in names if (here / name).exists()}
 
 
 def weights_digest(state_dict):
@@ -388,7 +424,8 @@ def weights_digest(state_dict):
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -399,15 +436,28 @@ def result_path(checkpoint, name, results=None):
     return Path(results, Path(checkpoint).resolve().name, name)
 
 
+def as_json(value):
+    """JSON with one key per line, but a list of numbers or strings in a single line."""
+    text = json.dumps(value, indent=1)
+
+    # Newlines stand between values only: inside a JSON string they are written as \\n
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
+
+
 def write_result(path, report):
-    """Write a JSON result. Where that is impossible (a folder one may only read, a full disk) one line on
-    stderr says so and the program continues: the numbers are on the screen."""
+    """Write a JSON result; returns whether it was written.
+
+    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so and the
+    program continues: the numbers are on the screen.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, report)
+        write_atomically(path, lambda file: file.write(as_json(report).encode()))
+        return True
     except OSError as error:
         print(f"not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
               file=sys.stderr)
+        return False
 
 
 def read_result(path, weights):

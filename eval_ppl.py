@@ -1,169 +1,401 @@
 """
-Perplexity of causal and masked models on the same text: four definitions, each named, none mixed up.
+Perplexity of causal and masked models on the same text. A masked model has one in several senses: here are
+four definitions, each with a name, and none mixed with another.
 
     python eval_ppl.py --checkpoint out/vlm --val                   # its validation split, no download
-    python eval_ppl.py --checkpoint out/ar out/dar out/mlm out/vlm  # WikiText-2 raw test, a column a model
+    python eval_ppl.py --checkpoint out/ar out/dar out/mlm out/vlm  # WikiText-2 raw test, one column each
     python eval_ppl.py --checkpoint out/mlm out/vlm --suffix matched --text book.txt --plot book.png
     python eval_ppl.py --checkpoint out/mlm out/vlm --method bound  # also: pseudo, confidence (masked models)
+    python eval_ppl.py --checkpoint out/ar out/vlm --val --context 4 8 16 32    # what context is worth
 
-    method         averaged over the text, nats per token             a likelihood?   forward passes a window
+    method         averaged over the text, nats per token             a likelihood?   forward passes per window
     left-to-right  -log P(x[k+1] | x[1..k])                           yes             causal 1, masked 1 per k
     bound          E_n E_|M|=n mean_{j in M} -log P(x[j] | x[not M])  upper bound     --samples
     pseudo         -log P(x[j] | x[not j])                            no              T
     confidence     -log P(x) / T, in the model's order of positions   yes             T
 
-Only left-to-right compares all four objectives (the paper's measurement: perplexity against prompt length); a
-causal model is refused by the other three. The text is cut into windows of T = block_size tokens that do not
-overlap; a standard error is the standard deviation of the windows' means over sqrt(windows). With different
-vocabularies compare bits per byte or word perplexity. All numbers go to CHECKPOINT/eval_ppl_TEXT_METHOD.json:
-TEXT is wikitext-2, val or FILE's name without its ending, METHOD may end in -one or -matched.
+Only left-to-right compares all four objectives (the paper's measurement: perplexity against prompt length).
+The other three do not apply to causal models. The text is cut into windows of T = block_size tokens that do
+not overlap.
+
+Standard errors are clustered by document (a file of the validation split, an article of WikiText): tokens of
+one document are not independent. If the text is one document, windows are treated as independent.
+
+Models with different vocabularies are compared by bits per byte or word perplexity, which are printed where
+the numbers are lengths of a code. Both follow their definition on the text as it is. Published numbers differ:
+lm-eval, for one, detokenises WikiText first (3.27 bits per byte where ours are 3.69, for the same model).
+
+All numbers, with sums per document, go to CHECKPOINT/eval_ppl_TEXT_METHOD.json, or below --results DIR. TEXT is
+wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may end in -one or -matched.
 """
 import argparse
 import math
+import re
 import shlex
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import documents
 import tokenizer
-from common import (DataError, add_device_flags, fetch, file_sha256, has_matplotlib, load_checkpoint, one_line_errors,
-                    pick_device, pick_dtype, reuse_memory, unzip, write_json)
-from objectives import Draw, Options, mask_batch, mask_count, spread, uniform_masks
+from common import (DataError, Help, add_device_flags, align, fetch, file_sha256, has_matplotlib,
+                    load_checkpoint, locked, one_line_errors, pick_device, pick_dtype, result_path,
+                    show_any_character, unzip, write_result)
+from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
-WINDOWS = {"left-to-right": 500, "bound": 500, "pseudo": 50, "confidence": 50}
 LOGITS_LIMIT = 2 ** 25          # numbers in the largest (N, V) float32 buffer: 128 MiB
-WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
-WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
-WIKITEXT_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"   # wiki.test.raw
-
-NOTES = {                       # what one has to know to read a model's column, by suffix or method
-    "left-to-right": "next token after a prompt",
-    "full": "next token after a prompt and masks up to block_size; all: --samples prompts a window",
-    "one": "next token after a prompt and a single mask; all: --samples prompts a window",
-    "matched": "next token after a prompt and no more masks than in training; all: --samples prompts "
-               "a window",
-    "bound": "upper bound on the nats per token of generation in a random order, from sampled masks",
-    "pseudo": "pseudo-perplexity, NOT a likelihood: each token is predicted from both sides",
-    "confidence": "exact likelihood of generation in the order of the model's confidence"}
 
 progress = partial(tqdm, unit="batch", dynamic_ncols=True, leave=False, disable=None)
 
 # -----------------------------------------------------------------------------
-# The four definitions. x: (n, T) int64 windows. Each returns nats per token, numpy float64
+# What is measured at a token
 
-def nats(model, hidden, targets):
-    """-log P of the target and of the likeliest token, (2, N). hidden (N, C), targets (N,). Mask token and
-    padded ids have logit -inf (model.logits): all probability is on ids that stand for text."""
-    rows, parts = max(1, LOGITS_LIMIT // model.config.padded_vocab_size), []
+class Scores(NamedTuple):
+    """Arrays of one shape with a number per token. Another number is one field here and one in `score`."""
+    nats: np.ndarray            # -log P(the text's token)
+    surest: np.ndarray          # -log P(the likeliest token)
+    right: np.ndarray           # 1 where the text's token is the likeliest, else 0
+
+
+def score(model, hidden, targets):
+    """The scores of N predictions. hidden: (N, C). targets: (N,) the text's tokens. Fields are (N,) float64.
+
+    The mask token and padded ids have logit -inf (model.logits): all probability is on ids of text.
+    """
+    rows = max(1, LOGITS_LIMIT // model.config.padded_vocab_size)
+    parts = []
     for h, target in zip(hidden.split(rows), targets.split(rows)):
-        logits = model.logits(h)                                                        # (rows, V)
-        scores = torch.stack([logits.gather(1, target[:, None])[:, 0], logits.amax(dim=1)])     # (2, rows)
-        parts.append(logits.logsumexp(dim=1) - scores)
-    return torch.cat(parts, dim=1).cpu().double().numpy()
+        logits = model.logits(h)                                        # (rows, V) float32
+        log_total = logits.logsumexp(dim=1)                             # (rows,)
+        of_target = logits.gather(1, target[:, None])[:, 0]             # (rows,)
+        largest = logits.amax(dim=1)                                    # (rows,)
+        scores = Scores(nats=log_total - of_target, surest=log_total - largest,
+                        right=(of_target == largest).float())
+        parts.append(torch.stack(scores))                               # (fields, rows)
+    return Scores(*torch.cat(parts, dim=1).cpu().double().numpy())
+
+
+def no_scores(n, T):
+    """(fields, n, T) zeros, to be filled in: Scores(*array) names the fields."""
+    return np.zeros((len(Scores._fields), n, T))
+
+
+def batches(n, batch_size):
+    """0 .. n-1 in arrays of batch_size."""
+    return np.split(np.arange(n), range(batch_size, n, batch_size))
+
+# -----------------------------------------------------------------------------
+# The four definitions. x: (n, T) int64 windows of text. Each returns Scores with fields (n, T), 0 where a
+# token was not scored, and weights (n, T): how many tokens each score stands for in the mean over all.
+
+class Settings(NamedTuple):
+    batch_size: int = 64                # sequences per forward pass
+    samples: int = 8                    # per window: mask counts (bound), prompt lengths (left-to-right)
+    prompt_lengths: tuple = ()          # left-to-right: lengths at which every window is scored
+    masks: np.ndarray = None            # (T,) left-to-right: how many masks follow a prompt of k tokens
+
+
+def left_to_right(model, x, settings):
+    """-log P(x[k+1] | x[1..k]) for k = 1 .. T-1.
+
+    A masked model needs a forward pass for every k. It is scored at settings.prompt_lengths and at an even
+    sample of all lengths, `samples` per window, which stands for the mean over all.
+    """
+    n, T = x.shape
+    weights = np.zeros((n, T))
+    if model.config.causal:
+        weights[:, 1:] = 1                                      # a window's first token is only read
+        return left_to_right_causal(model, x, settings.batch_size), weights
+
+    # The sample, and the lengths that are asked for
+    lengths = 1 + grid(n, settings.samples, levels=T - 1)       # (n, S), different ones in a row
+    np.put_along_axis(weights, lengths, (T - 1) / lengths.shape[1], axis=1)
+    wanted = weights > 0
+    wanted[:, list(settings.prompt_lengths)] = True
+    return left_to_right_masked(model, x, wanted, settings.masks, settings.batch_size), weights
 
 
 def left_to_right_causal(model, x, batch_size):
-    """-log P(x[k+1] | x[1..k]) for k = 1 .. T-1 of every window, (n, T-1): one forward pass a window."""
-    out = []
-    for window in progress(x.split(batch_size)):                                        # (B, T)
-        hidden = model.features(window[:, :-1]).flatten(0, 1)                           # (B * (T-1), C)
-        out.append(nats(model, hidden, window[:, 1:].flatten())[0].reshape(len(window), -1))
-    return np.concatenate(out)
+    """-log P(x[k+1] | x[1..k]) at every token but the first, in one forward pass per window."""
+    out = no_scores(*x.shape)
+    for rows in progress(batches(len(x), batch_size)):
+        window = x[rows]                                                # (B, T)
+        hidden = model.features(window[:, :-1]).flatten(0, 1)           # (B * (T-1), C)
+        scores = score(model, hidden, window[:, 1:].flatten())
+        out[:, rows, 1:] = np.reshape(scores, (len(scores), len(rows), -1))
+    return Scores(*out)
 
 
-def left_to_right_masked(model, x, prompts, masks, batch_size):
-    """-log P(x[k+1] | x[1..k]) of a masked model: x[1..k] visible, then masks only, read out
-    at the first of them.
+def left_to_right_masked(model, x, wanted, masks, batch_size):
+    """-log P(x[k+1] | x[1..k]) of a masked model: x[1..k] visible, then masks only, read out at the first.
 
-    prompts: (n, K) the lengths k at which each window is scored. masks: (n, K), how many follow. Returns
-    (n, K). Each (window, k) is a forward pass of k + masks tokens, none done twice; the head runs on one
-    position a row. Rows are sorted by length; where lengths differ within a batch, padding is hidden from
-    attention."""
-    key = np.arange(len(x))[:, None] * x.size(1) + prompts                              # (n, K), window and k
-    key, first, inverse = np.unique(key, return_index=True, return_inverse=True)    # (jobs,), (jobs,), (n, K)
-    row, k, m = (torch.from_numpy(a).to(x.device) for a in (*np.divmod(key, x.size(1)), masks.ravel()[first]))
-    out = np.empty(len(first))
-    for job in progress(torch.argsort(k + m, stable=True).split(batch_size)):
-        window, prompt, length = x[row[job]], k[job, None], (k + m)[job, None]  # (B, T), (B, 1), (B, 1)
-        column = torch.arange(int(length[-1]), device=x.device)                 # (L,), the longest; a sync
-        inputs = torch.where(column < prompt, window[:, :len(column)], model.config.mask_token)     # (B, L)
-        valid = None if int(length[0]) == len(column) else column < length              # (B, L)
-        hidden = model.features(inputs, valid).take_along_dim(prompt[:, None], 1)[:, 0]     # (B, C)
-        out[job.cpu().numpy()] = nats(model, hidden, window.gather(1, prompt)[:, 0])[0]
-    return out[inverse].reshape(prompts.shape)
+    wanted: (n, T) bool, the tokens that are scored. masks: (T,), how many follow a prompt of k tokens.
+    Every wanted token is a forward pass of k + masks[k] tokens. Passes are sorted by length. Where lengths
+    differ within a batch, padding is hidden from attention.
+    """
+    rows, prompts = wanted.nonzero()                                    # (N,), (N,)
+    row = torch.from_numpy(rows).to(x.device)
+    k = torch.from_numpy(prompts).to(x.device)
+    length = k + torch.from_numpy(masks).to(x.device)[k]                # (N,): prompt and masks
+    out = no_scores(*x.shape)
+
+    for job in progress(torch.argsort(length, stable=True).split(batch_size)):
+        # Inputs: as many columns as the longest of these passes needs
+        window = x[row[job]]                                            # (B, T)
+        prompt = k[job, None]                                           # (B, 1)
+        shortest, longest = length[job[[0, -1]]].tolist()               # host-device sync
+        column = torch.arange(longest, device=x.device)                 # (L,)
+        inputs = torch.where(column < prompt, window[:, :longest], model.config.mask_token)     # (B, L)
+        valid = None if shortest == longest else column < length[job, None]                     # (B, L)
+
+        # The prediction at the first mask
+        hidden = model.features(inputs, valid)                          # (B, L, C)
+        first_mask = hidden.take_along_dim(prompt[:, None], 1)[:, 0]    # (B, C)
+        target = window.gather(1, prompt)[:, 0]                         # (B,)
+        scores = score(model, first_mask, target)
+        job = job.numpy(force=True)
+        out[:, rows[job], prompts[job]] = scores
+    return Scores(*out)
 
 
-def bound(model, x, samples, batch_size):
-    """Monte Carlo estimate of the likelihood bound of a masked model, nats per token of every window, (n,):
+def bound(model, x, settings):
+    """Monte Carlo estimate of the likelihood bound of a masked model:
 
         -log P(x) / T  <=  E_{n ~ U{1..T}} E_{|M| = n}  1/n sum_{j in M} -log P(x[j] | x[not M])
 
     P(x) is the mixture over all orders of generating the tokens one by one (Uria et al. 2014, Hoogeboom
-    et al. 2022); by Jensen's inequality. It is minus the ELBO of masked diffusion. Each window gets `samples`
-    counts n (see `grid`) and for each a uniform mask of exactly n positions, a pure function of (SEED,
-    sample, window), not of the batch."""
-    T, options = x.size(1), Options(block_size=x.size(1), vocab_size=model.config.vocab_size,
-                                    normalization="bound")
-    counts = 1 + grid(len(x), samples, levels=T)                                        # (n, S)
-    out = np.zeros(len(x))
-    cuts = np.split(np.arange(len(x)), range(batch_size, len(x), batch_size))
-    for rows, s in progress([(rows, s) for rows in cuts for s in range(counts.shape[1])]):
-        count = counts[rows, s]                                                         # (B,)
-        draw = Draw(SEED, s, rows)
-        masked = uniform_masks(count, draw, options)
-        batch = mask_batch(x[rows].cpu().numpy(), masked, count.sum(), draw, options)
-        inputs, positions, targets = (torch.from_numpy(a).to(x.device) for a in batch[:3])
-        hidden = model.features(inputs).flatten(0, 1)[positions]                        # (N, C)
-        loss = nats(model, hidden, targets[:, 0])[0] * batch.weights                    # (N,), weights 1/n
-        out[rows] += np.bincount(batch.positions // T, loss, minlength=len(rows)) / counts.shape[1]
-    return out
-
-
-def pseudo(model, x, batch_size):
-    """Pseudo-log-likelihood (Salazar et al. 2020), 1/T sum_j -log P(x[j] | x[not j]), one mask at a time:
-    (n,). Not a likelihood: every token is predicted from its future too, and exp(-T * result) does not
-    sum to 1 over texts."""
+    et al. 2022), and the bound follows by Jensen's inequality. It is minus the ELBO of masked diffusion.
+    Each window gets `samples` counts n (see `grid`), and for each a uniform mask of exactly n positions, a
+    pure function of (SEED, sample, window), not of the batch. A token's score is its share of the estimate.
+    """
     n, T = x.shape
-    out = np.empty(n * T)
-    for job in progress(torch.arange(n * T, device=x.device).split(batch_size)):
-        window, j = x[job // T], (job % T)[:, None]                                     # (B, T), (B, 1)
-        inputs = window.scatter(1, j, model.config.mask_token)
-        hidden = model.features(inputs).take_along_dim(j[:, None], 1)[:, 0]             # (B, C)
-        out[job.cpu().numpy()] = nats(model, hidden, window.gather(1, j)[:, 0])[0]
-    return out.reshape(n, T).mean(axis=1)
+    options = Options(block_size=T, vocab_size=model.config.vocab_size, normalization="bound")
+    counts = 1 + grid(n, settings.samples, levels=T)                    # (n, S)
+    out = no_scores(n, T)
+
+    jobs = [(rows, sample) for rows in batches(n, settings.batch_size)
+            for sample in range(counts.shape[1])]
+    for rows, sample in progress(jobs):
+        # Masks, drawn as in training
+        count = counts[rows, sample]                                    # (B,)
+        draw = Draw(SEED, sample, rows)
+        masked = uniform_masks(count, draw, options)                    # (B, T)
+        batch = mask_batch(x[rows].cpu().numpy(), masked, count.sum(), draw, options)
+
+        # Predictions at all masks. weights are 1/count
+        inputs = torch.from_numpy(batch.inputs).to(x.device)            # (B, T)
+        positions = torch.from_numpy(batch.positions).to(x.device)      # (N,)
+        targets = torch.from_numpy(batch.targets[:, 0]).to(x.device)    # (N,)
+        hidden = model.features(inputs).flatten(0, 1)[positions]        # (N, C)
+        scores = np.array(score(model, hidden, targets))                # (fields, N)
+        share = scores * batch.weights * (T / counts.shape[1])
+        out[:, rows[batch.positions // T], batch.positions % T] += share
+    return Scores(*out), np.ones((n, T))
 
 
-def confidence(model, x, batch_size):
-    """Exact likelihood under deterministic unmasking (DUEL, arXiv 2603.01367), (n,):
+def pseudo(model, x, settings):
+    """Pseudo-log-likelihood (Salazar et al. 2020), -log P(x[j] | x[not j]) for every j, one mask at a time.
 
-        -log P(x) / T = 1/T sum_i -log P(x[j_i] | x[j_1], ..., x[j_{i-1}])
+    Not a likelihood: every token is predicted from its future too, and exp(-sum) over all texts is not 1.
+    """
+    n, T = x.shape
+    out = no_scores(n, T)
+    for job in progress(batches(n * T, settings.batch_size)):
+        row = job // T                                                  # (B,)
+        j = job % T                                                     # (B,)
+        window = x[row]                                                 # (B, T)
+        position = torch.from_numpy(j[:, None]).to(x.device)            # (B, 1)
+        inputs = window.scatter(1, position, model.config.mask_token)   # (B, T)
+        hidden = model.features(inputs).take_along_dim(position[:, None], 1)[:, 0]      # (B, C)
+        out[:, row, j] = score(model, hidden, window.gather(1, position)[:, 0])
+    return Scores(*out), np.ones((n, T))
+
+
+def confidence(model, x, settings):
+    """Exact likelihood under deterministic unmasking (DUEL, arXiv 2603.01367):
+
+        -log P(x) = sum_i -log P(x[j_i] | x[j_1], ..., x[j_{i-1}])
 
     Start from masks only. j_i is the masked position where the model is surest of some token (the first of
     equals, up to 1e-4 nats): a function of what is visible, not of x[j_i]. There the text's token is scored
-    and shown, so exp(-T * result) sums to 1 over texts: the probability that generation in this order
-    writes x."""
-    out = []
-    for window in x.split(batch_size):                                                  # (B, T)
-        inputs, total = torch.full_like(window, model.config.mask_token), 0.0
-        for left in progress(range(window.size(1), 0, -1)):                             # masks left, each row
-            position = (inputs == model.config.mask_token).nonzero()[:, 1].view(-1, left)       # (B, left)
+    and shown, so exp(-sum) over all texts is 1: the probability that generation in this order writes x.
+    """
+    n, T = x.shape
+    out = no_scores(n, T)
+    for rows in batches(n, settings.batch_size):
+        window = x[rows]                                                # (B, T)
+        inputs = torch.full_like(window, model.config.mask_token)
+        for left in progress(range(T, 0, -1)):                          # masks that are left in each row
+            # Score the text's token at all masks
+            position = (inputs == model.config.mask_token).nonzero()[:, 1].view(-1, left)   # (B, left)
             hidden = model.features(inputs).take_along_dim(position[:, :, None], 1)     # (B, left, C)
-            loss, surest = nats(model, hidden.flatten(0, 1),
-                                window.gather(1, position).flatten()).reshape(2, -1, left)
-            equal = surest <= surest.min(axis=1, keepdims=True) + 1e-4      # all are, where all is masked
-            best = equal.argmax(axis=1)[:, None]                                    # (B, 1), into position
-            total += np.take_along_axis(loss, best, axis=1)[:, 0]
-            j = position.gather(1, torch.from_numpy(best).to(x.device))             # (B, 1), into the window
+            scores = score(model, hidden.flatten(0, 1), window.gather(1, position).flatten())
+
+            # Keep the score where the model is surest, and show the token there
+            surest = scores.surest.reshape(-1, left)                    # (B, left)
+            equal = surest <= surest.min(axis=1, keepdims=True) + 1e-4  # all are, where all is masked
+            best = equal.argmax(axis=1)                                 # (B,), into position
+            column = torch.from_numpy(best[:, None]).to(x.device)       # (B, 1)
+            j = position.gather(1, column)                              # (B, 1), into the window
+            chosen = np.arange(len(rows)) * left + best                 # (B,), into the flat scores
+            out[:, rows, j[:, 0].numpy(force=True)] = [field[chosen] for field in scores]
             inputs = inputs.scatter(1, j, window.gather(1, j))
-        out.append(total / window.size(1))
-    return np.concatenate(out)
+    return Scores(*out), np.ones((n, T))
+
+# -----------------------------------------------------------------------------
+# The table of definitions. A fifth one goes here.
+
+class Method(NamedTuple):
+    function: Callable                  # (model, x, settings) -> (Scores, weights)
+    windows: int                        # how many are taken by default
+    note: str                           # what one has to know to read the numbers
+    needs_masks: bool = True            # does not apply to causal models
+    code_length: bool = True            # the sum is the length of a code or bounds it: bits per byte exist
+    by_prompt: bool = False             # the first token of a window is only read, and prompt lengths apply
+
+
+METHODS = {
+    "left-to-right": Method(
+        left_to_right, windows=500, needs_masks=False, by_prompt=True,
+        note="next token after a prompt"),
+    "bound": Method(
+        bound, windows=500,
+        note="upper bound on the nats per token of generation in a random order, from sampled masks"),
+    "pseudo": Method(
+        pseudo, windows=50, code_length=False,
+        note="pseudo-perplexity, NOT a likelihood: each token is predicted from both sides"),
+    "confidence": Method(
+        confidence, windows=50,
+        note="exact likelihood of generation in the order of the model's confidence"),
+}
+
+SUFFIXES = {                            # left-to-right: what a masked model sees after the prompt
+    "full": "masks up to block_size",
+    "one": "a single mask",
+    "matched": "no more masks than in training",
+}
+
+
+def masks_after_prompt(suffix, T, most):
+    """(T,) int64: how many masks follow a prompt of k tokens. most: masks of a sequence in training."""
+    room = T - np.arange(T)
+    if suffix == "one":
+        return np.ones_like(room)
+    if suffix == "matched":
+        return np.minimum(room, most)
+    return room
+
+
+def last_tokens_only(model, x, wanted, m, settings):
+    """-log P(x[k+1] | x[k-m+1..k]) at the wanted tokens: only the m tokens before it are visible.
+
+    The model sees these m tokens as if the text began with them, in the first m positions. A masked model
+    sees settings.masks[m] masks after them, as after any prompt of m tokens, and is read out at the first.
+    So it is `left_to_right` after m tokens, but the same tokens can be scored for every m. wanted: (n, T)
+    bool, with at least m tokens before each. Scores have fields (n, T).
+    """
+    rows, places = wanted.nonzero()                                     # (N,), (N,)
+    causal = model.config.causal
+    out = no_scores(*x.shape)
+    for job in progress(batches(len(rows), settings.batch_size)):
+        window = x[rows[job]]                                           # (B, T)
+        target = torch.from_numpy(places[job, None]).to(x.device)       # (B, 1)
+        inputs = window.gather(1, target - m + torch.arange(m, device=x.device))        # (B, m)
+        if not causal:
+            masks = int(settings.masks[m])
+            inputs = F.pad(inputs, (0, masks), value=model.config.mask_token)       # (B, m + masks)
+        hidden = model.features(inputs)[:, m - 1 if causal else m]      # (B, C)
+        scores = score(model, hidden, window.gather(1, target)[:, 0])
+        out[:, rows[job], places[job]] = scores
+    return Scores(*out)
+
+
+def by_context(model, x, contexts, settings):
+    """What context is worth at which distance: {m: (Scores, weights)} of the same tokens with only the last m
+    tokens visible, for each m of contexts, and {"all": ...} with everything before them in the window.
+
+    The tokens, `samples` per window, evenly spread, have at least max(contexts) tokens before them.
+    """
+    n, T = x.shape
+    far = max(contexts)
+    weights = np.zeros((n, T))
+    np.put_along_axis(weights, far + grid(n, settings.samples, levels=T - far), 1, axis=1)
+    wanted = weights > 0
+
+    out = {m: (last_tokens_only(model, x, wanted, m, settings), weights) for m in contexts}
+    if model.config.causal:
+        scores = left_to_right_causal(model, x, settings.batch_size)
+    else:
+        scores = left_to_right_masked(model, x, wanted, settings.masks, settings.batch_size)
+    return out | {"all": (scores, weights)}
+
+# -----------------------------------------------------------------------------
+# From scores to numbers
+
+def ratio(totals, sizes):
+    """sum(totals) / sum(sizes) and its standard error. Both (n,): sums over each of n independent clusters.
+
+    The ratio estimator (Cochran 1977, chapter 6): for r = sum(totals) / sum(sizes),
+
+        se = std over clusters of (total - r size) / (sqrt(n) mean(size))
+
+    Both sums vary between clusters, and so does what long documents count. nan for a single cluster.
+    """
+    used = (totals != 0) | (sizes != 0)
+    totals = totals[used]
+    sizes = sizes[used]
+    n = len(sizes)
+    r = totals.sum() / sizes.sum()
+    if n == 1:
+        return r, math.nan
+    return r, (totals - r * sizes).std(ddof=1) / (math.sqrt(n) * sizes.mean())
+
+
+class Sums(NamedTuple):
+    """Over the scored tokens of each document, (documents,)."""
+    nats: np.ndarray
+    right: np.ndarray
+    tokens: np.ndarray
+
+
+def summary(sums, n_bytes=None, n_words=None):
+    """Means and standard errors of Sums in all units.
+
+    n_bytes, n_words: (documents,), size of the text that these nats are a code for; None where they are none.
+    """
+    mean, se = ratio(sums.nats, sums.tokens)
+    right, right_se = ratio(sums.right, sums.tokens)
+    perplexity = exp(mean)
+    result = {"nats_per_token": mean, "nats_per_token_se": se,
+              "perplexity": perplexity, "perplexity_se": perplexity * se,       # d exp(a) = exp(a) da
+              "first_guess_right": right, "first_guess_right_se": right_se}
+
+    if n_bytes is not None and n_bytes.any():
+        mean, se = ratio(sums.nats, n_bytes)
+        result["bits_per_byte"] = mean / math.log(2)
+        result["bits_per_byte_se"] = se / math.log(2)
+
+        # In Chinese or in DNA white space parts lines, if anything, and no words
+        if n_bytes.sum() < 40 * n_words.sum():
+            mean, se = ratio(sums.nats, n_words)
+            result["word_perplexity"] = exp(mean)
+            result["word_perplexity_se"] = exp(mean) * se
+    return {name: float(value) if math.isfinite(value) else None
+            for name, value in result.items()}
+
+
+def exp(nats):
+    return math.exp(min(nats, 700))                             # float64 overflows beyond e^709
 
 
 def grid(n, samples, levels):
@@ -171,7 +403,8 @@ def grid(n, samples, levels):
 
     Number s of window i is floor(levels * (s + u_i) / S), u_i = (u + i*phi) mod 1 with phi the golden ratio:
     all numbers are equally likely, every window is spread evenly, and so are the windows. S = levels: each
-    exactly once."""
+    exactly once.
+    """
     S = min(samples, levels)
     u = spread(Draw(SEED, 0, []).offset, np.arange(n), 2 ** 24) / 2 ** 24              # (n,)
     return (levels * (np.arange(S) + u[:, None]) / S).astype(np.int64)
@@ -179,129 +412,321 @@ def grid(n, samples, levels):
 
 def standard_lengths(T):
     """Prompt lengths 1, 2, 4, ... and T - 1, a list."""
-    return sorted({*(2 ** i for i in range(T.bit_length()) if 2 ** i < T), T - 1})
+    powers = {2 ** i for i in range(T.bit_length()) if 2 ** i < T}
+    return sorted(powers | {T - 1})
 
 
-def evaluate(model, x, train, args):
-    """Nats per token of every window, as {"all": (n,)} and, for left-to-right,
-    {prompt length k: (n,)} as well."""
-    n, T = x.shape
-    if args.method != "left-to-right":
-        score = {"bound": partial(bound, samples=args.samples), "pseudo": pseudo,
-                 "confidence": confidence}[args.method]
-        return {"all": score(model, x, batch_size=args.batch_size)}
-    lengths = args.prompt_lengths or standard_lengths(T)
-    if model.config.causal:
-        loss = left_to_right_causal(model, x, args.batch_size)                          # (n, T-1)
-        return {"all": loss.mean(axis=1), **{k: loss[:, k - 1] for k in lengths}}
-    prompts = np.hstack((np.tile(lengths, (n, 1)), 1 + grid(n, args.samples, T - 1)))   # (n, K + S)
-    masks = np.ones_like(prompts) if args.suffix == "one" else T - prompts
-    if args.suffix == "matched":
-        ratio = train["mask_ratio"] if train["objective"] == "mlm" else train["mask_range"][1]
-        masks = np.minimum(masks, mask_count(ratio, T))
-    loss = left_to_right_masked(model, x, prompts, masks, args.batch_size)
-    return {"all": loss[:, len(lengths):].mean(axis=1), **{k: loss[:, i] for i, k in enumerate(lengths)}}
+def evaluate(model, x, method, settings, contexts=()):
+    """All that is measured of a model on windows x (n, T): {name: (Scores, weights)}, all of shape (n, T).
 
-# -----------------------------------------------------------------------------
-# The text
+    Names: "all", for left-to-right every prompt length k, and "context M" and "context all" for contexts.
+    """
+    scores, weights = METHODS[method].function(model, x, settings)
+    out = {"all": (scores, weights)}
+    for k in settings.prompt_lengths:
+        column = np.zeros(x.shape)
+        column[:, k] = 1                                        # x[k+1], which has k tokens before it
+        out[str(k)] = (scores, column)
+    if contexts:
+        measured = by_context(model, x, contexts, settings)
+        out |= {f"context {m}": result for m, result in measured.items()}
+    return out
+
+
+@torch.inference_mode()
+def measure(checkpoint, windows, method, settings, contexts, device):
+    """The part of a report that is measured: sums per document, and the numbers that follow from them."""
+    start = time.time()
+    x = windows.ids[:, 1:]                                      # (n, T)
+    measured = evaluate(checkpoint.model, torch.from_numpy(x).to(device), method, settings, contexts)
+
+    # Sums over each document: of the scores, and of the text that is scored
+    document, unit = clusters(windows.document)                 # (n, T)
+    add_up = partial(sum_by, document)
+    sums = {name: Sums(add_up(scores.nats * weights), add_up(scores.right * weights), add_up(weights))
+            for name, (scores, weights) in measured.items()}
+    n_bytes, n_words = token_sizes(windows.ids, checkpoint.encoding)        # (n, T), (n, T)
+    if METHODS[method].by_prompt:                               # a window's first token is only read
+        n_bytes[:, 0] = 0
+        n_words[:, 0] = 0
+    n_bytes = add_up(n_bytes)                                   # (documents,)
+    n_words = add_up(n_words)
+
+    # Numbers. Bytes and words are those of all positions, so only "all" may be divided by them
+    results = {name: summary(total) for name, total in sums.items()}
+    if checkpoint.ahead == 1 and METHODS[method].code_length:
+        results["all"] = summary(sums["all"], n_bytes, n_words)
+
+    return {"windows": len(x), "block_size": x.shape[1], "clusters": unit,
+            "seconds": time.time() - start,
+            "all": results["all"],
+            "prompt_lengths": {name: results[name] for name in results if name.isdigit()},
+            "context": {name[8:]: results[name] for name in results if name.startswith("context ")},
+            "unigram": frequencies_alone(checkpoint, x, measured["all"][1]),
+            "documents": {"windows": np.bincount(document[:, 0], minlength=len(n_bytes)).tolist(),
+                          "bytes": n_bytes.astype(int).tolist(),
+                          "words": n_words.astype(int).tolist()},
+            "nats": {name: total.nats.tolist() for name, total in sums.items()},
+            "tokens": {name: total.tokens.tolist() for name, total in sums.items()}}
+
+
+def frequencies_alone(checkpoint, x, weights):
+    """Nats per token of the same tokens by the unigram model of the training tokens, or None."""
+    if checkpoint.unigram is None:
+        return None
+    nats = float((-checkpoint.unigram[x] * weights).sum() / weights.sum())
+    return {"nats_per_token": nats, "perplexity": math.exp(nats)}
+
+# =============================================================================
+# Behind the scenes: the text, the table, the command line
+# =============================================================================
+
+class Text(NamedTuple):
+    """A text in a checkpoint's vocabulary."""
+    name: str                           # wikitext-2, val, or FILE-DIGEST
+    sha256: str                         # of the text, or of the dataset's meta.json
+    streams: list                       # arrays of token ids
+    starts: list                        # for each stream, where a new document begins: sorted places
+
+
+class Windows(NamedTuple):
+    """n windows of T tokens, each after the one token before it."""
+    ids: np.ndarray                     # (n, 1 + T) int64
+    document: np.ndarray                # (n, T) the number of the document that a token belongs to
+
+
+WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
+WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
+WIKITEXT_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"   # wiki.test.raw
+
+# The title of a WikiText article: with an empty line before and after it. Sections have " = = "
+TITLE = re.compile(r"(?:\A|^ ?\n)( = [^=\n]+ = )\n ?\n", re.MULTILINE)
+
 
 def wikitext(folder):
     """Path of WikiText-2's raw test split, downloaded to `folder` if it is not there. Raises DataError."""
-    path, archive = Path(folder, "wiki.test.raw"), Path(folder, "wikitext-2-raw-v1.zip")
+    path = Path(folder, "wiki.test.raw")
     if not path.exists():
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        fetch(WIKITEXT_URL, str(archive), sha256=WIKITEXT_SHA256)
-        unzip(archive, {"wikitext-2-raw/wiki.test.raw": path})
-        archive.unlink()
+        archive = Path(folder, "wikitext-2-raw-v1.zip")
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        with locked(str(path.parent)):
+            if not path.exists():                           # another process may have been faster
+                fetch(WIKITEXT_URL, str(archive), sha256=WIKITEXT_SHA256)
+                unzip(archive, {"wikitext-2-raw/wiki.test.raw": path})
+                archive.unlink()
     if file_sha256(path) != WIKITEXT_TEST_SHA256:
-        raise DataError(f"{path} is not the official file: remove it, or name it with --text")
+        raise DataError(f"{path} is not the official file: remove it (rm {shlex.quote(str(path))}), "
+                        f"or use it as it is (--text {shlex.quote(str(path))})")
     return path
 
 
-def read_tokens(args, checkpoint, train):
-    """([token arrays], tokenizer): the text in the checkpoint's vocabulary.
-    Raises ValueError or OSError, one line."""
-    encoding = tokenizer.load_tokenizer(checkpoint)
-    if args.val:
-        folder = Path(args.data_dir or train.get("data_dir", data.DATA_DIR), train["dataset"])
-        _, splits = data.load(folder.name, str(folder.parent))
-        if Path(folder, "tokenizer.json").read_text() != Path(checkpoint, "tokenizer.json").read_text():
-            raise ValueError(f"{folder} has another tokenizer than {checkpoint}: it was prepared anew "
-                             "after training")
-        return splits["val"], encoding
-    path = Path(args.text) if args.text else wikitext(args.wikitext_dir)
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark. Raises ValueError for other encodings."""
+    raw = Path(path).read_bytes()
+    quoted = shlex.quote(str(path))
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:1000]:
+        raise ValueError(f"{path} is UTF-16 or no text; if it is, convert it: "
+                         f"iconv -f UTF-16 -t UTF-8 {quoted} > new.txt")
     try:
-        return [np.array(encoding.encode_ordinary(path.read_bytes().decode()))], encoding
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}") from None
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}; if it is Latin-1, convert it: "
+                         f"iconv -f LATIN1 -t UTF-8 {quoted} > new.txt") from None
 
 
-def cut_windows(streams, T, limit, eot):
-    """Windows of T tokens, each after the one token before it (`eot` at the start of a stream): (n, 1 + T)
-    int64. They do not overlap or cross from one stream into the next; a stream's last tokens, fewer than T,
-    are not used. Of more than `limit` (0: none) that many are taken, evenly spread."""
-    starts = [(stream, i * T) for stream in streams for i in range(len(stream) // T)]
-    if not starts:
-        raise ValueError(f"the text has {sum(map(len, streams))} tokens, less than one window of {T} "
+def read_tokens(args, checkpoint):
+    """The Text that is asked for, in the vocabulary of a LoadedCheckpoint.
+
+    Raises ValueError or OSError, one line.
+    """
+    if args.val:
+        return validation_split(args, checkpoint)
+    path = Path(args.text) if args.text else wikitext(args.wikitext_dir)
+    text = read_text(path)
+    sha256 = file_sha256(path)
+    name = f"{path.stem}-{sha256[:8]}" if args.text else "wikitext-2"
+    ids = encode(text, checkpoint.encoding)
+    return Text(name, sha256, [ids], [article_starts(text, ids, checkpoint.encoding)])
+
+
+def validation_split(args, checkpoint):
+    """The validation split of the checkpoint's dataset. End-of-text parts its documents."""
+    train = checkpoint.config["train"]
+    folder = Path(args.data_dir or train.get("data_dir", data.DATA_DIR), train["dataset"])
+    _, splits = data.load(folder.name, str(folder.parent))
+    tokenizers = [Path(place, "tokenizer.json").read_text() for place in (folder, checkpoint.path)]
+    if tokenizers[0] != tokenizers[1]:
+        raise ValueError(f"the tokenizer of {folder} is not that of {checkpoint.path}: the dataset was "
+                         "prepared again after training")
+    eot = checkpoint.encoding.eot_token
+    starts = [np.flatnonzero(ids == eot) + 1 for ids in splits["val"]]
+    return Text("val", file_sha256(folder / "meta.json"), splits["val"], starts)
+
+
+def encode(text, encoding):
+    """Token ids of a text, (n,) int64. It is encoded in pieces that no token crosses, since the tokenizer
+    fails on very long strings."""
+    ids = []
+    for piece, _ in documents.cut([text]):
+        ids += encoding.encode_ordinary(piece)
+    return np.array(ids, dtype=np.int64)
+
+
+def article_starts(text, ids, encoding):
+    """Places in ids where an article of WikiText begins, see TITLE. None in other texts."""
+    # Bytes before each article
+    titles = [match.start(1) for match in TITLE.finditer(text)]
+    parts = [text[start:end] for start, end in zip([0, *titles], titles)]
+    places = np.cumsum([len(part.encode()) for part in parts])
+
+    # Bytes before each token
+    sizes = tokenizer.token_bytes(encoding)[ids]
+    return np.searchsorted(np.cumsum(sizes) - sizes, places)
+
+
+def cut_windows(text, T, limit, eot):
+    """Windows of T tokens, each after the one token before it (`eot` at the start of a stream).
+
+    They do not overlap or cross from one stream into the next. A stream's last tokens, fewer than T, are
+    not used. Of more than `limit` (0: none) that many are taken, evenly spread. Raises ValueError if there
+    are none.
+    """
+    places = [(number, start) for number, stream in enumerate(text.streams)
+              for start in range(0, len(stream) - T + 1, T)]
+    if not places:
+        raise ValueError(f"the text has {sum(map(len, text.streams))} tokens, less than one window of {T} "
                          "(block_size)")
-    n = min(len(starts), limit or len(starts))
-    chosen = [starts[(2 * i + 1) * len(starts) // (2 * n)] for i in range(n)]
-    rows = [[stream[start - 1] if start else eot, *stream[start:start + T]] for stream, start in chosen]
-    return np.array(rows, dtype=np.int64)                                               # shards may be uint16
+    n = min(len(places), limit or len(places))
+    chosen = [places[(2 * i + 1) * len(places) // (2 * n)] for i in range(n)]
+
+    # A document may go on in the next stream: its number is that of the starts before it, in all streams
+    earlier = np.cumsum([0, *map(len, text.starts)])
+    ids = np.empty((n, 1 + T), dtype=np.int64)
+    document = np.empty((n, T), dtype=np.int64)
+    for i, (number, start) in enumerate(chosen):
+        stream = text.streams[number]
+        ids[i, 0] = stream[start - 1] if start else eot
+        ids[i, 1:] = stream[start:start + T]
+        place = np.arange(start, start + T)
+        begun = np.searchsorted(text.starts[number], place, side="right")       # (T,)
+        document[i] = earlier[number] + begun
+    return Windows(ids, document)
 
 
-def text_size(x, scored, encoding):
-    """(bytes, words) of the original text in the last `scored` tokens of each row of x. Words are parted by
-    white space and counted in the token they start in; end-of-text parts words and has no bytes."""
+def clusters(document):
+    """What is independent: (n, T) numbers from 0 of the documents that occur, and "documents".
+
+    If there is only one, the windows have to do: numbers of the rows, and "windows".
+    """
+    found, number = np.unique(document, return_inverse=True)
+    if len(found) > 1:
+        return number.reshape(document.shape), "documents"
+    return np.indices(document.shape)[0], "windows"
+
+
+def sum_by(document, values):
+    """(documents,): the sum of values, (n, T), over the tokens of each document."""
+    return np.bincount(document.ravel(), values.ravel(), minlength=document.max() + 1)
+
+
+def token_sizes(ids, encoding):
+    """Bytes and words of the original text in each token, (n, T) and (n, T). ids: (n, 1 + T).
+
+    Words are parted by white space and counted in the token they start in. End-of-text parts words and has
+    no bytes.
+    """
     text = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
     text[encoding.eot_token] = b" "
-    words = np.array([len(t.split()) for t in text])
-    joins_left, joins_right = (np.array([not t[i:][:1].isspace() for t in text]) for i in (0, -1))
-    token, before = x[:, -scored:], x[:, -scored - 1:-1]
-    n_words = words[token].sum() - (joins_left[token] & joins_right[before]).sum()      # a word that goes on
-    return int(tokenizer.token_bytes(encoding)[token].sum()), int(n_words)
+    words = np.array([len(t.split()) for t in text])                # (n_vocab,)
+    begins_in_word = np.array([not t[:1].isspace() for t in text])
+    ends_in_word = np.array([not t[-1:].isspace() for t in text])
+
+    token = ids[:, 1:]
+    before = ids[:, :-1]
+    continued = begins_in_word[token] & ends_in_word[before]        # its first word started earlier
+    return tokenizer.token_bytes(encoding)[token], words[token] - continued
 
 # -----------------------------------------------------------------------------
-# Numbers, table, plot
+# Table and plot
 
-def summary(loss, per_byte, per_word):
-    """Mean and standard error over windows in all units.
-    loss: (n,) nats per token. per_*: tokens per byte, word."""
-    mean, se, result = loss.mean(), loss.std(ddof=1) / len(loss) ** 0.5 if len(loss) > 1 else math.nan, {}
-    for name, unit in [("nats_per_token", 1), ("bits_per_byte", per_byte / math.log(2))]:
-        result |= {name: mean * unit, name + "_se": se * unit}
-    for name, unit in [("perplexity", 1), ("word_perplexity", per_word)]:
-        value = np.exp(min(mean * unit, 700))                                           # float64: up to e^709
-        result |= {name: value, name + "_se": value * se * unit}                        # d exp(a) = exp(a) da
-    return {name: float(value) if math.isfinite(value) else None for name, value in result.items()}
+UNITS = ["perplexity", "nats_per_token", "bits_per_byte", "word_perplexity", "first_guess_right"]
+
+
+def cell(result, name):
+    """A number and its standard error as text, "-" for one that does not exist."""
+    value = result.get(name)
+    se = result.get(name + "_se")
+    if value is None:
+        return "-"
+    if value >= 1e5:
+        style = ".3g"
+    else:
+        style = ".1f" if value >= 100 else ".2f" if value >= 10 else ".3f"
+    error = "" if se is None else f" ± {se:{style}}"
+    return f"{value:{style}}" + error
 
 
 def table(reports):
-    """All models, a column each, as text."""
-    def cell(result, name):
-        value, se = result.get(name), result.get(name + "_se")
-        style = (".3g" if value is None or value >= 1e5 else ".1f" if value >= 100
-                 else ".2f" if value >= 10 else ".3f")
-        return "-" if value is None else f"{value:{style}}" + ("" if se is None else f" ± {se:{style}}")
-
+    """All models, one column per model, as text."""
     names = [Path(r["checkpoint"]).name for r in reports]
-    rows = [["", *(names if len(set(names)) == len(names) else (r["checkpoint"] for r in reports))]]
+    if len(set(names)) < len(names):                                # same folder names: show whole paths
+        names = [r["checkpoint"] for r in reports]
+    rows = [["", *names]]
+
+    # Perplexity by prompt length
     for k in sorted({k for r in reports for k in r["prompt_lengths"]}, key=int):
-        rows.append([f"perplexity after {k}",
-                     *(cell(r["prompt_lengths"].get(k, {}), "perplexity") for r in reports)])
-    for name in ("perplexity", "nats_per_token", "bits_per_byte", "word_perplexity"):
-        rows.append(["all: " + name.replace("_", " "), *(cell(r["all"], name) for r in reports)])
-    width = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])]) for row in rows)
+        results = [r["prompt_lengths"].get(k, {}) for r in reports]
+        rows.append([f"perplexity after {k}", *(cell(result, "perplexity") for result in results)])
+
+    # All positions, in all units that some model has
+    for name in UNITS:
+        label = "all: " + name.replace("_", " ")
+        rows.append([label, *(cell(r["all"], name) for r in reports)])
+        if name == "perplexity":
+            alone = [cell(r["unigram"] or {}, name) for r in reports]
+            rows.append(["word frequencies alone", *alone])
+
+    # The same tokens with less and less of the text hidden
+    visible = {m for r in reports for m in r["context"]}
+    for m in sorted(visible - {"all"}, key=int) + sorted(visible & {"all"}):
+        label = "whole prompt" if m == "all" else f"only last {m}"
+        cells = [cell(r["context"].get(m, {}), "nats_per_token") for r in reports]
+        rows.append([f"nats per token, {label} visible", *cells])
+    return align(rows)
+
+
+def show(reports):
+    """Print the table, and what has to be known to read it."""
+    first = reports[0]
+    units = sorted({f"{len(r['tokens']['all'])} {r['clusters']}" for r in reports})
+    print()
+    print(f"{first['method']} on {first['text']}, ± standard error over {' or '.join(units)}")
+    print(table(reports))
+
+    for r in reports:
+        if r["unigram"] and r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
+            print(f"{r['checkpoint']} has learned no context yet: word frequencies alone do as well.")
+    if any(r["clusters"] == "windows" for r in reports):
+        print("The text is one document: its windows are treated as independent.")
+    if any("bits_per_byte" in r["all"] for r in reports):
+        print("Bits per byte and word perplexity are those of the text as it is. Published ones differ: "
+              "lm-eval detokenises WikiText first.")
+    shapes = {(r["block_size"], r["windows"], sum(r["documents"]["bytes"])) for r in reports}
+    if len(shapes) > 1:
+        print("Windows differ between models (vocabulary or block_size): compare bits per byte and "
+              "word perplexity.")
 
 
 def plot(reports, path):
-    """Perplexity against prompt length, a line a model. Needs matplotlib."""
+    """Perplexity against prompt length, one line per model. Needs matplotlib."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     for r in reports:
-        points = [(int(k), p["perplexity"], p["perplexity_se"] or 0) for k, p in r["prompt_lengths"].items()]
-        axes.errorbar(*zip(*points), marker="o", capsize=2, label=r["checkpoint"])
+        lengths = [int(k) for k in r["prompt_lengths"]]
+        results = r["prompt_lengths"].values()
+        perplexity = [result["perplexity"] for result in results]
+        se = [result["perplexity_se"] or 0 for result in results]
+        axes.errorbar(lengths, perplexity, se, marker="o", capsize=2, label=r["checkpoint"])
     axes.set(xscale="log", yscale="log", xlabel="prompt length (tokens)",
              ylabel=f"perplexity on {reports[0]['text']}")
     axes.legend()
@@ -311,15 +736,16 @@ def plot(reports, path):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    windows = [f"{method.windows} for {name}" for name, method in METHODS.items()]
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     p.add_argument("--checkpoint", nargs="+", required=True,
                    help="one or several folders written by train.py")
-    p.add_argument("--method", choices=WINDOWS, default="left-to-right",
+    p.add_argument("--method", choices=METHODS, default="left-to-right",
                    help="definition, see the top of the file")
-    p.add_argument("--suffix", choices=["full", "one", "matched"], default="full",
-                   help="left-to-right, masked models: what follows the prompt; masks up to block_size as in "
-                        "generation, one mask, or at most as many masks as the model saw in training")
+    p.add_argument("--suffix", choices=SUFFIXES, default="full",
+                   help="left-to-right, masked models: what follows the prompt. full: masks up to "
+                        "block_size, as in generation; one: one mask; matched: at most as many masks as "
+                        "the model saw in training")
     text = p.add_mutually_exclusive_group()
     text.add_argument("--text", metavar="FILE",
                       help="UTF-8 text to use in place of WikiText-2's raw test split")
@@ -327,98 +753,185 @@ def build_parser():
                       help="use the validation split of the checkpoints' own dataset")
     p.add_argument("--wikitext_dir", default="data/wikitext-2",
                    help="where wiki.test.raw is, or is downloaded to")
-    p.add_argument("--data_dir", help="--val: where the datasets are (default: where train.py read them)")
+    p.add_argument("--data_dir", help="--val: where the datasets are, if not where train.py read them")
     p.add_argument("--prompt_lengths", type=int, nargs="+", metavar="K",
-                   help="left-to-right: tokens in the prompt (default: 1, 2, 4, ... and block_size - 1)")
-    p.add_argument("--max_windows", type=int, help="take that many windows, evenly spread; 0: all (default: "
-                   + ", ".join(f"{n} for {method}" for method, n in WINDOWS.items()) + ")")
-    p.add_argument("--samples", type=int, default=8, help="masked models: mask counts per window (bound) or "
-                   "prompt lengths per window (left-to-right, for the mean over all positions), evenly "
-                   "spread; block_size: all there are")
+                   help="left-to-right: tokens in the prompt; if not given 1, 2, 4, ... and block_size - 1")
+    p.add_argument("--context", type=int, nargs="+", metavar="M",
+                   help="left-to-right: also score the same tokens with only the last M tokens visible")
+    p.add_argument("--max_windows", type=int,
+                   help="take that many windows, evenly spread; 0: all; if not given "
+                        + ", ".join(windows))
+    p.add_argument("--samples", type=int, default=Settings().samples,
+                   help="masked models: mask counts per window (bound) or prompt lengths per window "
+                        "(left-to-right, for the mean over all positions), evenly spread; block_size: all "
+                        "there are. --context: tokens per window")
     p.add_argument("--plot", nargs="?", const="perplexity.png", metavar="FILE",
                    help="draw perplexity by prompt length")
-    p.add_argument("--batch_size", type=int, default=64,
+    p.add_argument("--batch_size", type=int, default=Settings().batch_size,
                    help="sequences per forward pass; does not change the result")
+    p.add_argument("--results", metavar="DIR",
+                   help="write results to DIR/CHECKPOINT'S NAME, not to the checkpoint's folder")
     add_device_flags(p, dtype="float32")
     return p
 
 
-def check(args, loaded):
-    """Raises ValueError, one line, for what cannot be evaluated. loaded: [(checkpoint, model, config)]."""
-    if min([args.samples, args.batch_size, *(args.prompt_lengths or [])]) < 1 or (args.max_windows or 0) < 0:
-        raise ValueError("samples, batch_size and prompt_lengths must be at least 1, max_windows at least 0")
-    if args.plot and (args.method != "left-to-right" or not has_matplotlib()):
+class LoadedCheckpoint(NamedTuple):
+    path: str
+    model: torch.nn.Module
+    config: dict                        # config.json, with the step and the digest of the weights
+    encoding: object                    # its tokenizer
+    objective: object                   # its record in OBJECTIVES, or None
+    options: Options                    # what the objective was trained with
+    unigram: np.ndarray                 # (V,) log-probabilities by word frequencies alone, nats, or None
+
+    @property
+    def ahead(self):
+        """How far the targets of training reach beyond the inputs, in tokens. Beyond 1 the model gives a
+        mixture over these tokens, which is no code for the next one."""
+        return self.objective.ahead(self.options) if self.objective else 1
+
+    @property
+    def most_masks(self):
+        """Most masks of a sequence in training, or None."""
+        return self.objective.most_masks(self.options) if self.objective else None
+
+
+def load(path, args):
+    """A LoadedCheckpoint. Raises ValueError, one line."""
+    model, config = load_checkpoint(path, args.device)
+    model.dtype = pick_dtype(args.dtype, args.device)
+
+    # The objective, with the flags of its training
+    train = config.setdefault("train", {})
+    known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
+    known["block_size"] = model.config.block_size
+    known["vocab_size"] = model.config.vocab_size
+
+    # Word frequencies, which train.py copied from the dataset
+    try:
+        unigram = data.load_unigram(path)
+    except DataError:
+        unigram = None
+    if unigram is not None and len(unigram) != model.config.vocab_size:
+        raise ValueError(f"{path}: unigram.npy does not belong to this model's vocabulary")
+
+    objective = OBJECTIVES.get(train.get("objective"))
+    encoding = tokenizer.load_tokenizer(path)
+    return LoadedCheckpoint(path, model, config, encoding, objective, Options(**known), unigram)
+
+
+def check_flags(args):
+    """Raises ValueError, one line, for flags that make no sense."""
+    lengths = [*(args.prompt_lengths or []), *(args.context or [])]
+    if min([args.samples, args.batch_size, *lengths]) < 1:
+        raise ValueError("samples, batch_size, prompt_lengths and context must be at least 1")
+    if args.max_windows is not None and args.max_windows < 0:
+        raise ValueError("max_windows must be at least 0")
+    if args.context and not METHODS[args.method].by_prompt:
+        raise ValueError(f"--context does not apply to --method {args.method}")
+    if args.plot and not (METHODS[args.method].by_prompt and has_matplotlib()):
         raise ValueError("--plot needs --method left-to-right and matplotlib (pip install matplotlib)")
-    for checkpoint, model, config in loaded:
-        if model.config.causal and args.method != "left-to-right":
-            raise ValueError(f"{checkpoint} is causal, it cannot fill masks: --method {args.method} "
-                             "does not apply")
-        if max([1, *(args.prompt_lengths or [])]) >= model.config.block_size:
-            raise ValueError(f"{checkpoint}: prompt and next token must fit into block_size "
-                             f"{model.config.block_size}")
-        objective = config["train"].get("objective")
-        if args.suffix == "matched" and not model.config.causal and objective not in ("mlm", "vlm"):
-            raise ValueError(f"{checkpoint}: how many masks {objective} saw in training is not known to "
-                             "--suffix matched; take full or one")
-    datasets = {config["train"].get("dataset") for *_, config in loaded}
+
+
+def check(args, loaded):
+    """Raises ValueError, one line, for what cannot be evaluated. loaded: a list of LoadedCheckpoints."""
+    longest = max([1, *(args.prompt_lengths or []), *(args.context or [])])
+    for checkpoint in loaded:
+        path = checkpoint.path
+        config = checkpoint.model.config
+        if config.causal and METHODS[args.method].needs_masks:
+            raise ValueError(f"{path} is causal, it cannot fill masks: --method {args.method} does not apply")
+        if longest >= config.block_size:
+            raise ValueError(f"{path}: prompt and next token must fit into block_size {config.block_size}")
+        if args.suffix == "matched" and not config.causal and checkpoint.most_masks is None:
+            objective = checkpoint.config["train"].get("objective")
+            raise ValueError(f"{path}: how many masks {objective} saw in training is not known, which "
+                             "--suffix matched needs; take full or one")
+
+    datasets = {checkpoint.config["train"].get("dataset") for checkpoint in loaded}
     if args.val and (len(datasets) > 1 or None in datasets):
         raise ValueError("--val needs checkpoints that were trained on one and the same dataset; "
                          "use --text FILE")
 
 
-@torch.inference_mode()
-def measure(model, x, encoding, train, args):
-    """The part of a report that is measured."""
-    start, T = time.time(), model.config.block_size
-    losses = evaluate(model, torch.from_numpy(x[:, 1:]).to(args.device), train, args)
-    scored = T - (args.method == "left-to-right")       # left to right, a window's first token is only read
-    tokens, (n_bytes, n_words) = len(x) * scored, text_size(x, scored, encoding)
-    results = {str(k): summary(loss, tokens / max(1, n_bytes), tokens / max(1, n_words))
-               for k, loss in losses.items()}
-    return {"windows": len(x), "block_size": T, "tokens": tokens, "bytes": n_bytes, "words": n_words,
-            "seconds": time.time() - start, "all": results.pop("all"), "prompt_lengths": results}
+def evaluate_checkpoint(checkpoint, text, windows, args, command):
+    """Evaluate one checkpoint, write its JSON file, return the report."""
+    # What the numbers are, in a line
+    method = METHODS[args.method]
+    masks_follow = method.by_prompt and not checkpoint.model.config.causal
+    suffix = args.suffix if masks_follow else None
+    notes = [method.note]
+    if masks_follow:
+        notes[0] += f" and {SUFFIXES[suffix]}; all: {args.samples} prompt lengths per window"
+    if checkpoint.ahead > 1:
+        notes.append(f"trained on one of the next {checkpoint.ahead} tokens, "
+                     "scored as if it were the next one")
+    if checkpoint.unigram is None:
+        notes.append("no unigram.npy in the folder, so no word frequencies to compare with")
+    ending = f"-{suffix}" if suffix in ("one", "matched") else ""
+    name = f"eval_ppl_{text.name}_{args.method}{ending}.json"
+    path = result_path(checkpoint.path, name, args.results)
+    notes.append(f"{len(windows.ids)} windows -> {path}")
+    print(f"{checkpoint.path}: {'; '.join(notes)}", flush=True)
+
+    # Measure
+    T = checkpoint.model.config.block_size
+    lengths = (args.prompt_lengths or standard_lengths(T)) if method.by_prompt else []
+    masks = masks_after_prompt(suffix, T, checkpoint.most_masks)
+    settings = Settings(args.batch_size, args.samples, tuple(lengths), masks)
+    contexts = args.context or []
+    measured = measure(checkpoint, windows, args.method, settings, contexts, args.device)
+
+    # Write
+    config = checkpoint.config
+    report = {"checkpoint": checkpoint.path, "step": config["step"],
+              "weights": config["weights"], "command": command,
+              "objective": config["train"].get("objective"), "ahead": checkpoint.ahead,
+              "text": text.name, "text_sha256": text.sha256,
+              "method": args.method, "suffix": suffix, "samples": args.samples,
+              "dtype": str(checkpoint.model.dtype).removeprefix("torch."), "device": args.device,
+              **measured}
+    write_result(path, report)
+    return report
 
 
 def run(args, command):
     """Evaluate the checkpoints one after the other, write their JSON files, print the table."""
+    # Everything is read and checked before the work begins
+    check_flags(args)
     args.device = pick_device(args.device)
-    loaded = [(checkpoint, *load_checkpoint(checkpoint, args.device)) for checkpoint in args.checkpoint]
+    loaded = [load(path, args) for path in args.checkpoint]
     check(args, loaded)
-    name = "val" if args.val else Path(args.text).stem if args.text else "wikitext-2"
-    limit = WINDOWS[args.method] if args.max_windows is None else args.max_windows
-    texts, reports = [], []
-    for checkpoint, model, config in loaded:
-        streams, encoding = read_tokens(args, checkpoint, config["train"])
-        texts.append((cut_windows(streams, model.config.block_size, limit, encoding.eot_token), encoding))
-    for (checkpoint, model, config), (x, encoding) in zip(loaded, texts):
-        model.dtype, train = pick_dtype(args.dtype, args.device), config["train"]
-        suffix = None if model.config.causal or args.method != "left-to-right" else args.suffix
-        lookahead = train["lookahead"] if train.get("objective") == "dar" else 1
-        ending = f"-{suffix}" if suffix in ("one", "matched") else ""
-        path = Path(checkpoint, f"eval_ppl_{name}_{args.method}{ending}.json")
-        mixture = (f" (dar: of the next {lookahead}, scored as if it were the next one)"
-                   if lookahead > 1 else "")
-        print(f"{checkpoint}: {NOTES[suffix or args.method]}{mixture}; {len(x)} windows -> {path}",
-              flush=True)
-        report = {"checkpoint": checkpoint, "step": config["step"], "objective": train.get("objective"),
-                  "lookahead": lookahead, "command": command, "text": name, "method": args.method,
-                  "suffix": suffix, "samples": args.samples, "dtype": str(model.dtype)[6:],
-                  "device": args.device}
-        reports.append(report | measure(model, x, encoding, train, args))
-        write_json(path, reports[-1])
-    print(f"\n{args.method} on {name}, ± standard error over windows\n{table(reports)}")
-    if len({(r["block_size"], r["tokens"], r["bytes"]) for r in reports}) > 1:
-        print("Windows differ between models (vocabulary or block_size): compare bits per byte and "
-              "word perplexity.")
+    limit = METHODS[args.method].windows if args.max_windows is None else args.max_windows
+    jobs = []
+    for checkpoint in loaded:
+        text = read_tokens(args, checkpoint)
+        T = checkpoint.model.config.block_size
+        windows = cut_windows(text, T, limit, checkpoint.encoding.eot_token)
+        jobs.append((checkpoint, text, windows))
+
+    # The table shows what is done, also when a later checkpoint fails or Ctrl-C ends the program
+    reports = []
+    try:
+        for job in jobs:
+            reports.append(evaluate_checkpoint(*job, args, command))
+    finally:
+        if reports:
+            show(reports)
     if args.plot:
         plot(reports, args.plot)
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    reuse_memory()
+    show_any_character()
+    words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        run(args, shlex.join(["python", "eval_ppl.py", *(sys.argv[1:] if argv is None else argv)]))
+        try:
+            run(args, shlex.join(["python", "eval_ppl.py", *words]))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

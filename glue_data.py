@@ -1,23 +1,50 @@
 """
-The tasks of eval_glue.py: reading GLUE's official files, two built-in tasks, and the metrics.
+The tasks of eval_glue.py: GLUE's official files, two built-in tasks, and the metrics.
 
     from glue_data import load_task
-    task = load_task("RTE", "data/glue")                # downloaded to data/glue if it is not there
+    task = load_task("RTE", "data/glue")            # downloaded to data/glue if it is missing there
+    task.train.examples[0], task.train.y[0], task.dev[""].examples[0]
 
-GLUE (Wang et al. 2019) is nine tasks on English sentences; labels of its test sets are not public, so
-everyone reports on dev. The built-in tasks `stdlib-topic` and `stdlib-pair` need no download and stand in for
-GLUE in a first run; they are not GLUE. Their training examples come from files of the running Python's
-library that data.py puts into the training split, their test examples from files of its validation split: no
-test file was seen in pretraining or by the probe.
+GLUE (Wang et al. 2019) is nine tasks on English sentences. The labels of its test sets are not
+public, so everyone reports on dev. The built-in tasks `stdlib-topic` and `stdlib-pair` need no
+download and stand in for GLUE in a first run; they are not GLUE. Their training examples come from
+files of the running Python's library that data.py puts into the training split, their test examples
+from files of its validation split. So no test file was seen in pretraining or by the probe.
 """
 import os
+import shlex
 from typing import NamedTuple
 
 import numpy as np
 
+from common import DataError, fetch, locked, unzip
 from data import VAL_FRACTION
-from documents import document_is_val, stdlib_files
-from common import DataError, fetch, unzip, write_atomically
+from documents import decoded, document_is_val, stdlib_files
+
+
+class Split(NamedTuple):
+    """Examples are tuples (text,) or (text, text). Examples with equal numbers in `groups` (chunks of
+    one file) depend on each other: they are held out together and resampled together."""
+    examples: list
+    y: np.ndarray                           # (n,) class numbers, or scores
+    groups: np.ndarray                      # (n,) int; in GLUE each example is its own group
+
+
+class Task(NamedTuple):
+    name: str
+    train: Split
+    dev: dict                               # {"": Split}, or {"matched": Split, "mismatched": Split}
+    classes: tuple                          # () for scores (regression)
+    metrics: tuple                          # names in METRICS; the first is what choices go by
+    malformed: int = 0                      # rows that were skipped
+    half: int = 0                           # pairs: tokens to take of each text, where they meet (0: all)
+
+
+def load_task(name, glue_dir="data/glue", download=True):
+    """The Task of that name. Raises DataError, one line."""
+    if name in STDLIB:
+        return STDLIB[name](stdlib_files())
+    return load_glue(name, str(glue_dir), download)
 
 # -----------------------------------------------------------------------------
 # Metrics of predicted, true: (n,) class numbers, or scores for the correlations. Each returns a float
@@ -42,7 +69,8 @@ def pearson(predicted, true):
     """0 if either array is constant, where it is not defined."""
     if np.ptp(predicted) == 0 or np.ptp(true) == 0:
         return 0.0
-    x, y = predicted - np.mean(predicted), true - np.mean(true)
+    x = predicted - np.mean(predicted)
+    y = true - np.mean(true)
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
@@ -52,69 +80,58 @@ def spearman(predicted, true):
 
 
 def ranks(values):
-    """(n,) float64: 1 for the smallest; equal values get the mean of their places."""
+    """(n,) float64: 1 for the smallest. Equal values get the mean of their places:
+    [3, 1, 3] -> [2.5, 1, 2.5]."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()                                              # place of a value's last occurrence
+    last = counts.cumsum()                                  # place of a value's last occurrence
     return (last - (counts - 1) / 2)[inverse]
 
 
-METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "Spearman": spearman}
+METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson,
+           "Spearman": spearman}
 
 
 def bootstrap(metric, predicted, true, groups, samples=500):
     """Standard error of metric(predicted, true): its standard deviation over resamples of the groups.
 
-    groups: (n,) numbers; examples of one group (chunks of one file) are not independent and stay together.
+    groups: (n,) numbers; examples of one group are not independent and stay together.
     """
-    rng, (names, group) = np.random.default_rng(0), np.unique(groups, return_inverse=True)
+    rng = np.random.default_rng(0)
+    names, group = np.unique(groups, return_inverse=True)
     values = []
     for _ in range(samples):
-        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))  # each is drawn
-        i = np.repeat(np.arange(len(true)), times[group])
-        values.append(metric(predicted[i], true[i]))
+        drawn = rng.integers(len(names), size=len(names))
+        times = np.bincount(drawn, minlength=len(names))            # how often each group is drawn
+        index = np.repeat(np.arange(len(true)), times[group])
+        values.append(metric(predicted[index], true[index]))
     return float(np.std(values, ddof=1))
 
 # -----------------------------------------------------------------------------
 # GLUE
 
 class Layout(NamedTuple):
-    """Where a task's text and labels are.
-    Columns are names in the header, or numbers where there is no header.
-    """
+    """Where a task's text and labels are. Columns are names in the header, or numbers where there is
+    no header."""
     url: str                                # after GLUE_URL
     text: tuple                             # one or two columns
     label: object                           # column
-    labels: tuple                           # values of the label, class 0 first; () for a score (regression)
+    labels: tuple                           # values of the label, class 0 first; () for a score
     metrics: tuple
     dev: tuple = ("dev.tsv",)
 
 
-class Task(NamedTuple):
-    """Examples are lists of (text,) or (text, text).
-
-    y: class numbers, or scores if classes is (). groups: examples with equal numbers are never split between
-    fit and held-out, and stay together in the bootstrap (GLUE: each its own).
-    """
-    name: str
-    train: list
-    y: np.ndarray                           # (n,)
-    groups: np.ndarray                      # (n,)
-    dev: dict                               # {"": (examples, y, groups)}, or "matched" and "mismatched"
-    classes: tuple
-    metrics: tuple
-    malformed: int                          # rows that were skipped
-    half: int = 0                           # pairs: tokens to take of each text, where they meet (0: all)
-
-
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
-BINARY, NLI = ("0", "1"), ("entailment", "not_entailment")
+BINARY = ("0", "1")
+NLI = ("entailment", "not_entailment")
 GLUE = {
     "CoLA": Layout("CoLA.zip", (3,), 1, BINARY, ("Matthews",)),
     "SST-2": Layout("SST-2.zip", ("sentence",), "label", BINARY, ("accuracy",)),
-    "MRPC": Layout("mrpc_dev_ids.tsv", ("#1 String", "#2 String"), "Quality", BINARY, ("F1", "accuracy")),
+    "MRPC": Layout("mrpc_dev_ids.tsv", ("#1 String", "#2 String"), "Quality", BINARY,
+                   ("F1", "accuracy")),
     "STS-B": Layout("STS-B.zip", ("sentence1", "sentence2"), "score", (), ("Pearson", "Spearman")),
-    "QQP": Layout("QQP-clean.zip", ("question1", "question2"), "is_duplicate", BINARY, ("F1", "accuracy")),
+    "QQP": Layout("QQP-clean.zip", ("question1", "question2"), "is_duplicate", BINARY,
+                  ("F1", "accuracy")),
     "MNLI": Layout("MNLI.zip", ("sentence1", "sentence2"), "gold_label",
                    ("entailment", "neutral", "contradiction"), ("accuracy",),
                    ("dev_matched.tsv", "dev_mismatched.tsv")),
@@ -124,41 +141,158 @@ GLUE = {
 }
 
 
-def read_tsv(path, layout):
-    """(examples, labels (n,), number of malformed rows) of an official file. Raises DataError
-    for a wrong one.
+def load_glue(name, glue_dir, download):
+    """Read a task from glue_dir/NAME, after downloading it there if that is allowed and needed.
 
-    Fields are separated by tabs and quotes mean nothing (they occur in the text). A row that is too short or
-    has another label is malformed.
+    MRPC comes as one file and a list of the pairs that are dev. It is split here, in memory, if
+    there is no train.tsv and no dev.tsv. Files that exist are read and never written.
     """
-    with open(path, encoding="utf-8-sig", newline="\n") as file:    # MRPC begins with a byte order mark
-        try:
-            rows = [line.rstrip("\r\n").split("\t") for line in file]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: invalid UTF-8: {error.reason}") from None
+    layout = GLUE[name]
+    folder = os.path.join(glue_dir, name)
+    if download and missing(name, glue_dir):
+        with locked(glue_dir):              # another process may have downloaded it while this one waited
+            download_glue(name, glue_dir)
+    require([name], glue_dir)
+
+    # The rows of each file
+    files = ["train.tsv", *layout.dev]
+    if name == "MRPC" and raw_mrpc(folder):
+        contents = split_mrpc(*raw_mrpc(folder))
+    else:
+        contents = [read_lines(os.path.join(folder, file)) for file in files]
+    splits, malformed = {}, 0
+    for file, lines in zip(files, contents):
+        splits[file], skipped = parse(lines, layout, os.path.join(folder, file))
+        malformed += skipped
+
+    train = splits.pop("train.tsv")
+    dev = {file[len("dev_"):-len(".tsv")]: split for file, split in splits.items()}
+    return Task(name, train, dev, layout.labels, layout.metrics, malformed)
+
+
+def missing(name, glue_dir):
+    """The files of a task that are not in glue_dir/NAME."""
+    folder = os.path.join(glue_dir, name)
+    if name == "MRPC" and raw_mrpc(folder):
+        return []
+    return [file for file in ("train.tsv", *GLUE[name].dev)
+            if not os.path.exists(os.path.join(folder, file))]
+
+
+def require(names, glue_dir):
+    """Raise DataError if a GLUE task's files are not all in glue_dir: before any of them is read."""
+    ready = [name for name in GLUE if not missing(name, glue_dir)]
+    for name in names:
+        if name in GLUE and name not in ready:
+            file = os.path.join(glue_dir, name, missing(name, glue_dir)[0])
+            hint = f"--tasks {' '.join(ready)} takes what is in {shlex.quote(glue_dir)}; " if ready else ""
+            raise DataError(f"{file} is missing: {hint}without --glue_dir it is downloaded to data/glue")
+
+
+def download_glue(name, glue_dir, base_url=GLUE_URL, mrpc_url=MRPC_URL):
+    """Fetch what is missing of a task into glue_dir/NAME. Raises DataError."""
+    files = missing(name, glue_dir)
+    if not files:
+        return
+    folder = os.path.join(glue_dir, name)
+    os.makedirs(folder, exist_ok=True)
+    archive = os.path.join(folder, GLUE[name].url)
+    if name != "MRPC":
+        fetch(base_url + GLUE[name].url, archive)
+        unzip(archive, {f"{name}/{file}": os.path.join(folder, file) for file in files})
+        os.remove(archive)
+    elif len(files) == 2:                   # with one of train.tsv and dev.tsv it stays incomplete
+        fetch(base_url + GLUE[name].url, archive)
+        fetch(mrpc_url, os.path.join(folder, "msr_paraphrase_train.txt"))
+
+
+def raw_mrpc(folder):
+    """The paths (all pairs, list of dev ids) if MRPC has to be made from them, else None.
+
+    The official list is mrpc_dev_ids.tsv; the usual download script stores it as dev_ids.tsv.
+    """
+    if any(os.path.exists(os.path.join(folder, file)) for file in ("train.tsv", "dev.tsv")):
+        return None
+    pairs = os.path.join(folder, "msr_paraphrase_train.txt")
+    for file in ("mrpc_dev_ids.tsv", "dev_ids.tsv"):
+        ids = os.path.join(folder, file)
+        if os.path.exists(pairs) and os.path.exists(ids):
+            return pairs, ids
+    return None
+
+
+def split_mrpc(pairs, ids):
+    """(lines of train, lines of dev), each with the header: a row is dev if its pair of ids is listed."""
+    dev_ids = {tuple(line.split("\t")) for line in read_lines(ids)}
+    header, *rows = read_lines(pairs) or [""]
+    train, dev = [header], [header]
+    for row in rows:
+        listed = tuple(row.split("\t")[1:3]) in dev_ids
+        (dev if listed else train).append(row)
+    return train, dev
+
+
+def read_lines(path):
+    """The lines of a UTF-8 text file, a byte order mark removed. Raises DataError for another
+    encoding, with its name.
+
+    Lines end at a newline only: the text holds other characters at which str.splitlines would cut.
+    """
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+        raise DataError(f"{path} is UTF-16: convert it to UTF-8")
+    try:
+        text = "".join(decoded(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason}), perhaps Latin-1: "
+                        "convert it to UTF-8") from None
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.rstrip("\r") for line in lines]
+
+
+def parse(lines, layout, path):
+    """(Split, number of malformed rows) of the lines of an official file. Raises DataError for a
+    wrong one.
+
+    Fields are separated by tabs, and quotes mean nothing (they occur in the text). A row that is too
+    short or has another label is malformed.
+    """
+    rows = [line.split("\t") for line in lines]
     columns = [*layout.text, layout.label]
-    if isinstance(layout.label, str):                                       # the first row is a header
+
+    # Column names -> numbers, if the first row is a header
+    if isinstance(layout.label, str):
         header = rows[0] if rows else []
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise DataError(f"{path}: no column {missing[0]!r} in its header: is it the official file, "
-                            "with labels?")
-        columns, rows = [header.index(name) for name in columns], rows[1:]
+        for column in columns:
+            if column not in header:
+                raise DataError(f"{path}: no column {column!r} in its header: is it the official file, "
+                                "with labels?")
+        columns = [header.index(column) for column in columns]
+        rows = rows[1:]
+    *text_columns, label_column = columns
+
+    # Rows -> examples and labels
     examples, labels = [], []
     for row in rows:
-        label = read_label(row[columns[-1]], layout.labels) if len(row) > max(columns) else None
+        if len(row) <= max(columns):
+            continue
+        label = read_label(row[label_column], layout.labels)
         if label is not None:
-            examples.append(tuple(row[i] for i in columns[:-1]))
+            examples.append(tuple(row[column] for column in text_columns))
             labels.append(label)
+
     malformed = len(rows) - len(examples)
     if malformed >= len(examples):
-        raise DataError(f"{path}: {malformed} of {len(rows)} rows are malformed: is it the official file, "
-                        "with labels?")
-    return examples, np.array(labels), malformed
+        raise DataError(f"{path}: {malformed} of {len(rows)} rows are malformed: is it the official "
+                        "file, with labels?")
+    return Split(examples, np.array(labels), np.arange(len(labels))), malformed
 
 
 def read_label(text, labels):
-    """Class number, or score from 0 to 5 if labels is empty; None if it is neither."""
+    """Class number, or score from 0 to 5 if labels is empty. None if it is neither."""
     if labels:
         return labels.index(text) if text in labels else None
     try:
@@ -166,129 +300,103 @@ def read_label(text, labels):
     except ValueError:
         return None
 
-
-def load_glue(name, glue_dir, download):
-    layout, folder = GLUE[name], os.path.join(glue_dir, name)
-    files = ["train.tsv", *layout.dev]
-    if name == "MRPC" and os.path.exists(os.path.join(folder, "msr_paraphrase_train.txt")):
-        split_mrpc(folder)
-    for file in files:
-        path = os.path.join(folder, file)
-        if not os.path.exists(path):
-            if not download:
-                raise DataError(f"{path} is not there: leave out --glue_dir to download it, or the task")
-            download_glue(name, glue_dir, files)
-    (train, y, bad), *dev = [read_tsv(os.path.join(folder, file), layout) for file in files]
-    names = [file[4:-4] for file in layout.dev]                             # "" or matched, mismatched
-    dev_sets = {n: (examples, y, np.arange(len(y))) for n, (examples, y, _) in zip(names, dev)}
-    return Task(name, train, y, np.arange(len(y)), dev_sets, layout.labels, layout.metrics,
-                bad + sum(d[2] for d in dev))
-
-
-def download_glue(name, glue_dir, files, base_url=GLUE_URL, mrpc_url=MRPC_URL):
-    """Fetch the files of a task into glue_dir/NAME. Raises DataError."""
-    folder = os.path.join(glue_dir, name)
-    os.makedirs(folder, exist_ok=True)
-    url = base_url + GLUE[name].url
-    archive = os.path.join(folder, GLUE[name].url)
-    fetch(url, archive)
-    if name == "MRPC":
-        fetch(mrpc_url, os.path.join(folder, "msr_paraphrase_train.txt"))
-        split_mrpc(folder)
-    else:
-        unzip(archive, {f"{name}/{file}": os.path.join(folder, file) for file in files})
-        os.remove(archive)
-
-
-def split_mrpc(folder):
-    """train.tsv and dev.tsv from msr_paraphrase_train.txt:
-    a row is dev if mrpc_dev_ids.tsv lists its pair of ids.
-    """
-    try:
-        with open(os.path.join(folder, "mrpc_dev_ids.tsv"), "rb") as file:
-            dev_ids = {tuple(line.strip().split(b"\t")) for line in file}
-        with open(os.path.join(folder, "msr_paraphrase_train.txt"), "rb") as file:
-            header, *rows = file.readlines()
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{folder}: MRPC cannot be split into train and dev: {error}") from None
-    split = {"train.tsv": [header], "dev.tsv": [header]}
-    for row in rows:
-        split["dev.tsv" if tuple(row.split(b"\t")[1:3]) in dev_ids else "train.tsv"].append(row)
-    for file, lines in split.items():
-        content = b"".join(lines)
-        write_atomically(os.path.join(folder, file), lambda out: out.write(content))
-
 # -----------------------------------------------------------------------------
 # Built-in tasks, from the source text of the running Python's standard library
 
-CHUNK = 256                                 # characters, about 90 tokens of the default vocabulary
-HALF = 48                                   # tokens of each text of a pair
-MAX_CLASSES, PER_CLASS, PER_FILE = 16, 250, 40              # PER_*: chunks of a training class, of a file
+CHUNK = 256             # characters, about 90 tokens of the default vocabulary
+HALF = 48               # tokens of each text of a pair
+MAX_CLASSES = 16
+PER_CLASS = 250         # most chunks of a class, in training and in test
+PER_FILE = 40           # most chunks, or pairs, of a file
+MAX_PAIRS = 2000        # most first texts, in training and in test
+
+
+def stdlib_topic(files):
+    """From which top-level package is this chunk? The MAX_CLASSES packages with the most training
+    chunks. files: [(path in the library, text), ...]."""
+    parts = cut_files(files, chunks)
+
+    # Chunks per package, in training and in test
+    size = {False: {}, True: {}}
+    for is_test, members in parts.items():
+        for member in members:
+            package = member.package
+            size[is_test][package] = size[is_test].get(package, 0) + len(member.pieces)
+
+    # The classes: largest first, and only packages that the test can show
+    packages = [name for name in size[False] if name and size[True].get(name, 0) >= 5]
+    packages.sort(key=lambda name: (-size[False][name], name))
+    classes = tuple(sorted(packages[:MAX_CLASSES]))
+
+    # At most PER_CLASS chunks of each, in the order of the files
+    rng = np.random.default_rng(0)
+    rows = {False: [], True: []}                                    # (texts, class, file number)
+    for is_test, members in parts.items():
+        for label, package in enumerate(classes):
+            mine = [((text,), label, member.number)
+                    for member in members if member.package == package for text in member.pieces]
+            chosen = sorted(rng.permutation(len(mine))[:PER_CLASS])
+            rows[is_test] += [mine[i] for i in chosen]
+    return make_task("stdlib-topic", rows, classes)
+
+
+def stdlib_pair(files):
+    """Does the second text continue the first? files: [(path in the library, text), ...].
+
+    Each first text occurs twice: with its own continuation (class 1) and with that of another file
+    (class 0). Of each the HALF tokens next to the cut are taken. So both texts are distributed alike
+    in both classes and of one length, and a linear probe on the mean of token embeddings is at
+    chance: only context helps. (Not so a maximum: texts that belong together share more tokens.)
+    """
+    rng = np.random.default_rng(0)
+    rows = {False: [], True: []}                                    # (texts, class, file number)
+    for is_test, members in cut_files(files, halves).items():
+        pairs = [(pair, member.number) for member in members for pair in member.pieces]
+        chosen = sorted(rng.permutation(len(pairs))[:MAX_PAIRS])
+        pairs = [pairs[i] for i in chosen]                          # still in the order of the files
+
+        # The continuation of another file is `shift` pairs further on, beyond the longest file
+        n = len(pairs)
+        largest = np.bincount([number for _, number in pairs]).max() if n else 0
+        shift = int(rng.integers(largest, max(largest, n - largest) + 1))
+        for i, ((first, second), number) in enumerate(pairs):
+            (_, foreign), _ = pairs[(i + shift) % n]
+            rows[is_test].append(((first, second), 1, number))
+            rows[is_test].append(((first, foreign), 0, number))
+    return make_task("stdlib-pair", rows, ("other", "continues"), HALF)
+
+
+STDLIB = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
+
+
+class File(NamedTuple):
+    package: str                            # top-level package, "" for a module outside of any
+    number: int
+    pieces: list                            # chunks, or pairs
+
+
+def cut_files(files, cut):
+    """{False: training, True: test} -> list of File, with pieces = cut(text)."""
+    parts = {False: [], True: []}
+    for number, (path, text) in enumerate(files):
+        package = path.split("/")[0] if "/" in path else ""
+        is_test = document_is_val(text, VAL_FRACTION["stdlib"])
+        parts[is_test].append(File(package, number, cut(text)))
+    return parts
 
 
 def chunks(text):
-    """The non-overlapping pieces of CHUNK characters, at most PER_FILE of them,
-    evenly spread over the text.
-    """
+    """The pieces of CHUNK characters that do not overlap, at most PER_FILE of them, evenly spread
+    over the text."""
     starts = np.arange(0, len(text) - CHUNK + 1, CHUNK)
     if len(starts) > PER_FILE:
         starts = starts[np.linspace(0, len(starts) - 1, PER_FILE).astype(int)]
     return [text[i:i + CHUNK] for i in starts]
 
 
-def stdlib_chunks(files, cut):
-    """{False: training, True: test} -> [(top-level package or "", file number, cut(text))],
-    one for each file.
-    """
-    split = {False: [], True: []}
-    for number, (path, text) in enumerate(files):
-        package = path.split("/")[0] if "/" in path else ""
-        split[document_is_val(text, VAL_FRACTION["stdlib"])].append((package, number, cut(text)))
-    return split
-
-
-def stdlib_topic(files):
-    """From which top-level package is this chunk? The MAX_CLASSES packages with the most training chunks."""
-    split = stdlib_chunks(files, chunks)
-    size = {part: {} for part in split}
-    for part, members in split.items():
-        for package, _, texts in members:
-            size[part][package] = size[part].get(package, 0) + len(texts)
-    packages = sorted((p for p in size[False] if p and size[True].get(p, 0) >= 5),
-                      key=lambda p: (-size[False][p], p))
-    classes = tuple(sorted(packages[:MAX_CLASSES]))
-    rng, rows = np.random.default_rng(0), {False: [], True: []}
-    for part, members in split.items():
-        for label, package in enumerate(classes):
-            mine = [((text,), label, number) for p, number, texts in members if p == package
-                    for text in texts]
-            rows[part] += [mine[i] for i in sorted(rng.permutation(len(mine))[:PER_CLASS])]
-    return make_task("stdlib-topic", rows, classes)
-
-
-def stdlib_pair(files):
-    """Does the second text continue the first? Each first text occurs twice: with its own continuation
-    (class 1) and with that of another file (class 0), and of each the HALF tokens next to the cut are taken.
-    So both texts are distributed alike in both classes and of one length, and a linear probe on the mean of
-    token embeddings is at chance: only context helps. (Not so a maximum: texts that belong together share
-    more tokens.)
-    """
-    rng, rows = np.random.default_rng(0), {False: [], True: []}
-    for part, members in stdlib_chunks(files, halves).items():
-        pairs = [(pair, number) for _, number, texts in members for pair in texts]
-        pairs = [pairs[i] for i in sorted(rng.permutation(len(pairs))[:2000])]          # still in file order
-        n = len(pairs)
-        largest = np.bincount([number for _, number in pairs]).max() if n else 0    # so far is another file
-        shift = int(rng.integers(largest, max(largest, n - largest) + 1))
-        for i, ((first, second), number) in enumerate(pairs):
-            foreign = pairs[(i + shift) % n][0][1]
-            rows[part] += [((first, second), 1, number), ((first, foreign), 0, number)]
-    return make_task("stdlib-pair", rows, ("other", "continues"), HALF)
-
-
 def halves(text):
-    """Pairs of CHUNK characters before and after the end of a line, spread over the text: no cut word tells
-    which belong together."""
+    """Pairs of CHUNK characters before and after the end of a line, spread over the text. No cut word
+    tells which belong together."""
     last, pairs = 0, []
     for start in range(CHUNK, len(text) - CHUNK, 4 * CHUNK):
         cut = text.find("\n", max(start, last + CHUNK)) + 1
@@ -299,16 +407,12 @@ def halves(text):
 
 
 def make_task(name, rows, classes, half=0):
+    """rows: {False: training, True: test} -> list of (texts, class, file number)."""
     if len(classes) < 2 or not rows[False] or not rows[True]:
         raise DataError(f"{name}: the standard library of this Python has too few source files")
-    (train, y, groups), test = [list(zip(*rows[part])) for part in (False, True)]
-    dev = (list(test[0]), np.array(test[1]), np.array(test[2]))
-    return Task(name, list(train), np.array(y), np.array(groups), {"": dev}, classes, ("accuracy",), 0, half)
-
-
-STDLIB = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
-
-
-def load_task(name, glue_dir, download=True):
-    """The Task of that name. Raises DataError, one line."""
-    return STDLIB[name](stdlib_files()) if name in STDLIB else load_glue(name, glue_dir, download)
+    splits = []
+    for is_test in (False, True):
+        examples, y, groups = zip(*rows[is_test])
+        splits.append(Split(list(examples), np.array(y), np.array(groups)))
+    train, dev = splits
+    return Task(name, train, {"": dev}, classes, ("accuracy",), half=half)

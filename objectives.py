@@ -18,7 +18,7 @@ function and enter it in OBJECTIVES: training, sampling, evaluation and the test
     python train.py --objective vlm --mask_range 0.15 1.0
     python -m pytest tests/test_objectives.py       # every objective against brute force
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Callable, NamedTuple
 
@@ -283,3 +283,110 @@ def check(options):
         raise ValueError(f"mask_ratio must be in (0, 1], not {options.mask_ratio}")
     if not 0 < low <= high <= 1:
         raise ValueError(f"mask_range must be 0 < LOW <= HIGH <= 1, not {low} {high}")
+
+
+# -----------------------------------------------------------------------------
+# A wrong Batch gets a sentence before the first step
+
+def check_batch(batch, options):
+    """Raises ValueError, one line, if no model can be trained on this Batch. For the first batch of a run.
+
+    int32 will do for int64, and a tensor for an array: the model takes both.
+    """
+    T = options.block_size
+    if not isinstance(batch, (tuple, list)) or len(batch) != 4:
+        raise ValueError(f"{options.objective} must return a Batch(inputs, positions, targets, weights), "
+                         f"not {type(batch).__name__}")
+
+    # Types
+    for field, value in zip(Batch._fields, batch):
+        if not hasattr(value, "__array__"):
+            raise ValueError(f"{field} must be a NumPy array, not {type(value).__name__}")
+    inputs, positions, targets, weights = batch = Batch(*[np.asarray(value) for value in batch])
+    for field in ("inputs", "positions", "targets"):
+        dtype = getattr(batch, field).dtype
+        require(dtype in (np.int32, np.int64), f"{field} must be int64, not {dtype}")
+    require(weights.dtype == np.float32, f"weights must be float32, not {weights.dtype}")
+
+    # Shapes
+    require(inputs.ndim == 2 and inputs.shape[1] == T,
+            f"inputs must be (B, T) with T = {T}, not {inputs.shape}")
+    require(positions.ndim == 1, f"positions must be (N,), not {positions.shape}")
+    N = len(positions)
+    require(N > 0, "positions is empty: no position is scored")
+    require(targets.ndim == 2 and len(targets) == N and targets.size > 0,
+            f"targets must be (N, K) with N = {N} as in positions, not {targets.shape}")
+    require(weights.shape == (N,), f"weights must be (N,) with N = {N} as in positions, not {weights.shape}")
+
+    # Ids. Unused slots are looked up as well: 0 times an infinite loss is not a number
+    mask_token = options.mask_token
+    bad = inputs[(inputs < 0) | (inputs > mask_token)]
+    require(bad.size == 0, f"inputs hold the id {first(bad)}: ids are 0 .. {mask_token}, "
+                           f"of which {mask_token} is the mask token")
+    require(not (targets == mask_token).any(),
+            f"a target is the mask token, {mask_token}: targets are text, in unused slots too")
+    bad = targets[(targets < 0) | (targets > mask_token)]
+    require(bad.size == 0, f"a target is {first(bad)}: targets are ids of text, 0 .. {mask_token - 1}, "
+                           "in unused slots too (they have weight 0)")
+    bad = positions[(positions < 0) | (positions >= inputs.size)]
+    require(bad.size == 0, f"positions hold {first(bad)}: they index the flattened inputs, "
+                           f"0 .. B*T-1 = {inputs.size - 1}")
+
+    # Weights
+    require(np.isfinite(weights).all(), "a weight is not finite")
+    require((weights >= 0).all(), "a weight is negative")
+    require((weights > 0).any(), "all weights are 0: no position is scored")
+    if not OBJECTIVES[options.objective].causal:
+        place, times = np.unique(positions[weights > 0], return_counts=True)
+        sequence, position = divmod(int(place[times.argmax()]), T)
+        require(times.max() == 1, f"position {position + 1} of sequence {sequence + 1} is scored "
+                                  f"{times.max()} times: a masked token has one slot")
+
+
+def check_objective(options, steps=3, B=4):
+    """Raises ValueError, one line, if the objective itself is wrong: it is tried on windows in which no
+    token occurs twice, so that a token tells its place. Then a target that the inputs show is a leak:
+    under causal attention one at or before its position, otherwise one anywhere in the sequence.
+
+    BERT's corruption shows some targets on purpose, so it is switched off here.
+    """
+    width = window_size(options)
+    vocab_size = max(options.vocab_size, B * width)
+    options = replace(options, vocab_size=vocab_size, corruption="mask")
+    causal = OBJECTIVES[options.objective].causal
+    slots = None
+
+    for step in range(steps):
+        tokens = np.random.default_rng(step).permutation(vocab_size)
+        x = tokens[:B * width].reshape(B, width)
+        given = x.copy()
+        batch = OBJECTIVES[options.objective].batch(given, Draw(0, step, range(B)), options)
+        check_batch(batch, options)
+        require(np.array_equal(given, x), f"{options.objective} changes the windows that it is given")
+
+        # Compiled code wants the same shapes at every step
+        N = len(batch[1])
+        require(slots in (None, N), f"the number of scored positions, N, changes from {slots} to {N}: "
+                                    "fill it up with slots of weight 0, so that it is the same at every step")
+        slots = N
+
+        # What each scored position sees, and what it must predict
+        inputs, positions, targets, weights = [np.asarray(value) for value in batch]
+        positions, targets = positions[weights > 0], targets[weights > 0]
+        pairs = np.column_stack((positions, targets))
+        require(len(np.unique(pairs, axis=0)) == len(pairs), "a position is scored twice on the same target")
+        for position, alternatives in zip(positions, targets):
+            sequence, k = divmod(int(position), options.block_size)
+            visible = inputs[sequence, :k + 1] if causal else inputs[sequence]
+            leaked = np.isin(alternatives, visible)
+            require(not leaked.any(), f"leak: the target of position {k + 1} is a token that the model sees "
+                                      f"under {'causal' if causal else 'bidirectional'} attention")
+
+
+def first(values):
+    return values[0] if len(values) else None
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)

@@ -1,9 +1,9 @@
 """
 Sample text from a checkpoint: continue a prompt with any objective's model, fill gaps with the masked ones.
 
-    python sample.py --checkpoint out/ar --prompt "def "                # ar, dar: left to right
-    python sample.py --checkpoint out/vlm --prompt "def "               # mlm, vlm: [MASK]s after the prompt
-    python sample.py --checkpoint out/vlm --prompt "def " --order confidence --steps 16
+    python sample.py --checkpoint out/ar --prompt "def"                 # ar, dar: left to right
+    python sample.py --checkpoint out/vlm --prompt "def"                # mlm, vlm: [MASK]s after the prompt
+    python sample.py --checkpoint out/vlm --prompt "def" --order confidence --steps 16 --watch
     python sample.py --checkpoint out/vlm --infill "for ____ in range(10):" --num_samples 3
 
 A causal model gives P(next token | tokens so far): draw it, append it, repeat. (After dar training this is
@@ -14,12 +14,15 @@ training: vlm (up to 1.0) can start from a short prompt, mlm at 0.15 can only be
 import argparse
 import math
 import re
+import shutil
 import sys
+import time
 from functools import partial
 
 import torch
 
-from common import add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype
+from common import (Help, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype,
+                    show_any_character)
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -32,73 +35,114 @@ def draw(logits, temperature=1.0, top_k=None, generator=None):
     temperature 0 takes the likeliest token. Ids at -inf (the mask token, padding) have probability 0.
     """
     greedy = temperature < 1e-6                             # 0, or too small to divide by
-    k = 1 if greedy else min(top_k or logits.size(1), logits.size(1))
-    values, ids = (x.cpu() for x in logits.topk(k))         # (N, k), likeliest first; host-device sync
-    probs = (values / (1.0 if greedy else temperature)).softmax(dim=-1)
-    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    if greedy:
+        temperature = 1.0
+        top_k = 1
+    k = min(top_k or logits.size(1), logits.size(1))
+    values, ids = logits.topk(k)                            # (N, k), (N, k), likeliest first
+    probs = (values.cpu() / temperature).softmax(dim=-1)    # host-device sync
+    column = torch.multinomial(probs, 1, generator=generator)       # (N, 1)
+    return ids.cpu().gather(1, column)[:, 0]
 
 # -----------------------------------------------------------------------------
 # Look ahead: a causal model appends one token at a time
 
-def append(model, ids, n, pick):
+def append(model, ids, n, pick, watch=None):
     """ids followed by n new tokens, each drawn by pick from P(token | the tokens before it).
 
     Keys and values are cached, so that a step runs the model on one new token only. When the window
-    (block_size tokens) is full, its last half starts a new window and is encoded anew.
+    (block_size tokens) is full, its last half starts a new window and is encoded again. watch(ids) is called
+    after every token.
     """
-    T, device = model.config.block_size, model.wte.weight.device
-    ids, new, cached = list(ids), list(ids), 0              # new: the tokens that are not in the cache yet
+    T = model.config.block_size
+    device = model.wte.weight.device
+    ids = list(ids)
+    new = list(ids)                                         # tokens that are not in the cache yet
+    cached = 0
     cache = [[] for _ in model.blocks]
     for _ in range(n):
+        # A full window: start the next one
         if cached + len(new) > T:
-            new, cached, cache = ids[-max(1, T // 2):], 0, [[] for _ in model.blocks]
+            new = ids[-max(1, T // 2):]
+            cached = 0
+            cache = [[] for _ in model.blocks]
+
+        # The next token
         hidden = model.features(torch.tensor([new], device=device), cache=cache)    # (1, len(new), C)
         cached += len(new)
         new = pick(model.logits(hidden[:, -1])).tolist()    # (1, V) -> [token]
         ids += new
+        if watch:
+            watch(ids)
     return ids
 
 # -----------------------------------------------------------------------------
 # Look around: a masked model fills in masks, one or more per forward pass
 
 @torch.no_grad()
-def fill(model, ids, pick, order="left", steps=None):
-    """ids (at most block_size) with every mask token replaced, in `steps` passes (default: one per mask).
+def fill(model, ids, pick, order="left", steps=None, n=None, watch=None):
+    """ids (at most block_size) with the first n mask tokens replaced (default: all), in `steps` passes
+    (default: one per token).
 
     order "left": the leftmost masks first. "confidence": first the masks whose likeliest token is most
     probable. This depends on the visible tokens, not on what is then drawn, so every token is a draw from the
     model's own distribution. Tokens of one pass do not see each other: few steps are fast, but incoherent.
+    watch(ids) is called before the first pass and after every one.
     """
     mask_token = model.config.mask_token
     ids = torch.tensor(ids, device=model.wte.weight.device)     # (T,)
-    total = int((ids == mask_token).sum())
+    to_fill = (ids == mask_token).nonzero()[:n, 0]              # (n,) positions, left to right
+    total = len(to_fill)
     steps = min(steps or total, total)
+    if watch:
+        watch(ids.tolist())
+
     for step in range(1, steps + 1):
-        masked = (ids == mask_token).nonzero()[:, 0]            # (M,) positions, left to right
-        count = len(masked) - total * (steps - step) // steps   # an even share of the masks, at least 1
+        # Which masks: an even share of them, at least 1
+        count = len(to_fill) - total * (steps - step) // steps
         if order == "left":
-            masked = masked[:count]
-        logits = model.logits(model.features(ids[None])[0, masked])         # (M, V)
-        if order == "confidence":
-            confidence = logits.amax(dim=-1) - logits.logsumexp(dim=-1)     # (M,) log P(likeliest token)
-            surest = confidence.topk(count).indices
-            masked, logits = masked[surest], logits[surest]
-        ids[masked] = pick(logits).to(ids.device)
+            chosen = to_fill[:count]                                        # (count,)
+            logits = model.logits(model.features(ids[None])[0, chosen])     # (count, V)
+        else:
+            logits = model.logits(model.features(ids[None])[0, to_fill])    # (masks left, V)
+            confidence = logits.amax(dim=-1) - logits.logsumexp(dim=-1)     # log P(likeliest token)
+            surest = confidence.topk(count).indices                         # (count,)
+            chosen = to_fill[surest]
+            logits = logits[surest]
+
+        # Draw them
+        ids[chosen] = pick(logits).to(ids.device)
+        to_fill = to_fill[ids[to_fill] == mask_token]
+        if watch:
+            watch(ids.tolist())
     return ids.tolist()
 
 
-def append_masked(model, ids, n, pick, order="left", steps=None):
-    """ids followed by n new tokens: they are masks at first, as many as the window (block_size tokens) holds.
+def append_masked(model, ids, n, pick, order="left", steps=None, watch=None):
+    """ids followed by n new tokens. Masks follow the prompt up to block_size, as in training and evaluation,
+    and the first n are filled in.
 
-    For more, the last half of the window starts a new one. Windows share `steps` by their numbers of masks.
+    For more than the window holds, its last half starts a new one. Windows share `steps` by their numbers of
+    new tokens.
     """
-    T, mask_token = model.config.block_size, model.config.mask_token
-    ids, context, steps = list(ids), list(ids), steps or n
+    T = model.config.block_size
+    ids = list(ids)
+    context = ids
+    steps = steps or n
     while n:
-        masks = min(n, T - len(context))
-        passes = max(1, round(steps * masks / n))
-        ids += fill(model, context + [mask_token] * masks, pick, order, passes)[len(context):]
-        n, steps, context = n - masks, steps - passes, ids[-(T // 2):]
+        begin = len(context)
+        end = min(begin + n, T)                             # new tokens of this window: begin .. end
+        passes = max(1, round(steps * (end - begin) / n))
+
+        def watch_window(window):
+            watch(ids + window[begin:end])
+
+        window = context + [model.config.mask_token] * (T - begin)          # (T,)
+        window = fill(model, window, pick, order, passes, end - begin, watch and watch_window)
+        ids = ids + window[begin:end]
+        context = ids[-(T // 2):]
+        n -= end - begin
+        steps -= passes
     return ids
 
 # -----------------------------------------------------------------------------
@@ -106,24 +150,26 @@ def append_masked(model, ids, n, pick, order="left", steps=None):
 
 @torch.no_grad()
 def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, order="left", steps=None,
-             generator=None):
+             generator=None, watch=None):
     """prompt_ids, a list of at least one id (end-of-text starts a document), and max_new_tokens more ids.
 
     model: a Transformer, causal or masked. temperature, top_k: see `draw`. order ("left", "confidence") and
     steps (forward passes in all): masked models only, see `fill`. generator: a torch.Generator on the CPU, or
-    None for the global one. Returns a list. Raises ValueError, one line, for an argument that makes no sense.
+    None for the global one. watch: called with the ids so far, after every pass. Returns a list. Raises
+    ValueError, one line, for an argument that makes no sense.
     """
     check(model, temperature, top_k, order, steps)
-    T, causal = model.config.block_size, model.config.causal
-    room = T if causal else T - 1                           # a masked model needs one mask
+    T = model.config.block_size
+    room = T if model.config.causal else T - 1              # a masked model needs one mask
     if not 1 <= len(prompt_ids) <= room:
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens; the model's window takes 1 to {room}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+
     pick = partial(draw, temperature=temperature, top_k=top_k, generator=generator)
-    if causal:
-        return append(model, prompt_ids, max_new_tokens, pick)
-    return append_masked(model, prompt_ids, max_new_tokens, pick, order, steps)
+    if model.config.causal:
+        return append(model, prompt_ids, max_new_tokens, pick, watch)
+    return append_masked(model, prompt_ids, max_new_tokens, pick, order, steps, watch)
 
 
 def check(model, temperature, top_k, order, steps):
@@ -136,46 +182,116 @@ def check(model, temperature, top_k, order, steps):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if model.config.causal and (order != "left" or steps is not None):
-        raise ValueError("order and steps are for masked models; a causal one adds one token a step")
+        raise ValueError("order and steps are for masked models; a causal one adds one token per step")
 
 # -----------------------------------------------------------------------------
-# Command line
+# From text to ids and back
 
-def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--checkpoint", required=True, help="folder that train.py wrote, e.g. out/vlm")
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--prompt", default="", help="text to continue; if empty, a new document is begun")
-    what.add_argument("--infill", metavar="TEXT", help="masked models: a text with gaps, ____, to be filled")
-    p.add_argument("--gap_tokens", type=int, default=1, help="infill: tokens per gap")
-    p.add_argument("--max_new_tokens", type=int, default=100, help="prompt: tokens to add")
-    p.add_argument("--num_samples", type=int, default=1, help="how many texts")
-    p.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest; 1: as the model says")
-    p.add_argument("--top_k", type=int, help="draw among the k likeliest tokens only")
-    p.add_argument("--order", choices=["left", "confidence"], default="left",
-                   help="masked models: fill from the left, or where the model is surest first")
-    p.add_argument("--steps", type=int, help="masked models: forward passes (default: one per token)")
-    p.add_argument("--seed", type=int, default=0, help="of the draws")
-    add_device_flags(p, dtype="float32")
-    return p
+def encode_beginning(text, encoding):
+    """Token ids of a text that a model will continue: those that it would have if a word followed.
+
+    In most vocabularies a word brings the space before it. "def f" is the tokens "def" and " f", and a
+    space after "def" stands there for nothing the model has seen. So a last space is left out, and a last
+    line break is a token of its own:
+
+        "def " -> "def",    "if x:\\n    " -> "if", " x", ":", "\\n   ",    "x\\n\\n" -> "x", "\\n", "\\n"
+    """
+    last = text[-1:]
+    words_bring_spaces = any(re.match(rb" \w", token) for token in encoding.token_byte_values())
+    if last == " " and words_bring_spaces:
+        return encoding.encode_ordinary(text[:-1])
+    if last.isspace():
+        return encoding.encode_ordinary(text[:-1]) + encoding.encode_ordinary(last)
+    return encoding.encode_ordinary(text)
 
 
 def infill_ids(text, encoding, config, gap_tokens):
     """Token ids of a text, gap_tokens mask tokens for each run of 4 or more underscores (not __init__)."""
-    first, *rest = [encoding.encode_ordinary(piece) for piece in re.split("_{4,}", text)]
+    *pieces, last = re.split("_{4,}", text)
     if config.causal:
         raise ValueError("infill needs a masked model (mlm, vlm); a causal one cannot see beyond a gap")
-    if not rest or gap_tokens < 1:
+    if not pieces or gap_tokens < 1:
         raise ValueError("infill needs a gap in the text, marked ____, and gap_tokens of at least 1")
-    ids = sum(([config.mask_token] * gap_tokens + piece for piece in rest), first)
+    ids = []
+    for piece in pieces:
+        ids += encode_beginning(piece, encoding) + [config.mask_token] * gap_tokens
+    ids += encoding.encode_ordinary(last)
     if len(ids) > config.block_size:
         raise ValueError(f"the text has {len(ids)} tokens; the model's window takes {config.block_size}")
     return ids
 
 
+def text_so_far(ids, encoding, mask_token):
+    """The text of ids, masks shown as _."""
+    pieces = [b"_" if i == mask_token else encoding.decode_single_token_bytes(i) for i in ids]
+    return b"".join(pieces).decode(errors="replace")
+
+# -----------------------------------------------------------------------------
+# --watch
+
+def show_passes(stream):
+    """A function that shows a text that grows: show(text) for every pass, then show("") to clear the screen.
+
+    On a terminal the text is printed again in place, at a speed that one can follow; of a text that is
+    taller than the terminal its end. Elsewhere every pass is one line.
+    """
+    terminal = stream.isatty()
+    height = 0                                              # rows that are on the screen now
+
+    def show(text):
+        nonlocal height
+        if not terminal:
+            if text:
+                print(text.replace("\n", "\\n"), file=stream, flush=True)
+            return
+
+        # Cut the text into the terminal's rows
+        columns, lines = shutil.get_terminal_size()
+        rows = []
+        for line in text.expandtabs().split("\n"):
+            rows += [line[i:i + columns] for i in range(0, max(1, len(line)), columns)]
+        rows = rows[-(lines - 1):] if text else []
+
+        # Go up to the first row of the last pass, clear all below, print
+        up = f"\x1b[{height}A\r\x1b[J" if height else ""
+        print(up + "".join(row + "\n" for row in rows), end="", file=stream, flush=True)
+        height = len(rows)
+        if text:
+            time.sleep(0.05)
+
+    return show
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def build_parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p.add_argument("--checkpoint", required=True, help="folder that train.py wrote, e.g. out/vlm")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--prompt", default="", help="text to continue; if empty, a new document is begun")
+    what.add_argument("--infill", metavar="TEXT",
+                      help="masked models: a text with gaps, ____, to be filled")
+    p.add_argument("--gap_tokens", type=int, default=1, help="infill: tokens per gap")
+    p.add_argument("--max_new_tokens", type=int, default=100, help="prompt: tokens to add")
+    p.add_argument("--num_samples", type=int, default=1, help="how many texts")
+    p.add_argument("--temperature", type=float, default=0.8,
+                   help="0 takes the most likely token, 1 samples the model's distribution")
+    p.add_argument("--top_k", type=int, help="draw among the k likeliest tokens only")
+    p.add_argument("--order", choices=["left", "confidence"], default="left",
+                   help="masked models: fill from the left, or where the model is surest first")
+    p.add_argument("--steps", type=int,
+                   help="masked models: forward passes; if not given, one per token")
+    p.add_argument("--watch", action="store_true",
+                   help="show the text after every pass, masks as _; in place on a terminal, else one line "
+                        "per pass")
+    p.add_argument("--seed", type=int, default=0, help="of the draws")
+    add_device_flags(p, dtype="float32")
+    return p
+
+
 def run(args):
     """Print the samples. Raises ValueError, one line, for bad input."""
+    # The model and its tokenizer
     if args.num_samples < 1 or not 0 <= args.seed < 2**63:
         raise ValueError("num_samples must be at least 1, and seed at least 0 and less than 2**63")
     device = pick_device(args.device)
@@ -185,23 +301,35 @@ def run(args):
     if encoding.n_vocab != model.config.vocab_size:
         raise ValueError(f"{args.checkpoint}: tokenizer.json is not the one of this model's training")
     check(model, args.temperature, args.top_k, args.order, args.steps)
-    generator = torch.Generator().manual_seed(args.seed)
-    how = dict(temperature=args.temperature, top_k=args.top_k, generator=generator)
-    prompt = encoding.encode_ordinary(args.prompt)
-    for i in range(args.num_samples):
+    how = {"temperature": args.temperature, "top_k": args.top_k,
+           "generator": torch.Generator().manual_seed(args.seed)}
+
+    # What to start from. An empty prompt is a new document, after an end-of-text that is not printed
+    prompt = encode_beginning(args.prompt, encoding)
+    hidden = 0 if prompt or args.infill is not None else 1
+    show = show_passes(sys.stdout)
+
+    def watch(ids):
+        show(text_so_far(ids[hidden:], encoding, model.config.mask_token))
+
+    for number in range(args.num_samples):
+        if number:
+            print("-" * 15)
+        each_pass = watch if args.watch else None
         if args.infill is not None:
             ids = infill_ids(args.infill, encoding, model.config, args.gap_tokens)
-            ids = fill(model, ids, partial(draw, **how), args.order, args.steps)
+            ids = fill(model, ids, partial(draw, **how), args.order, args.steps, watch=each_pass)
         else:
-            start = prompt or [encoding.eot_token]
-            ids = generate(model, start, args.max_new_tokens, order=args.order, steps=args.steps, **how)
-            ids = ids if prompt else ids[1:]
-        print(("-" * 15 + "\n" if i else "") + encoding.decode(ids))
+            ids = generate(model, prompt or [encoding.eot_token], args.max_new_tokens, order=args.order,
+                           steps=args.steps, watch=each_pass, **how)
+        if args.watch:
+            show("")
+        print(encoding.decode(ids[hidden:]))
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")                # "?" where a terminal cannot show a character
+    show_any_character()                                    # "?" where a terminal cannot show a character
     with one_line_errors():
         run(args)
 

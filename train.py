@@ -74,6 +74,19 @@ def to_device(batch, device):
     return Batch(*tensors)
 
 
+def check_first_batch(shards, options, args):
+    """Raises DataError, in the field's words, for an objective that is wrong. Only before the first step:
+    the loop checks nothing."""
+    for split in ("train", "val"):
+        data.check_window(shards[split], objectives.window_size(options))
+    try:
+        objectives.check_objective(options)
+        batch = get_batch(shards["train"], options, args.seed, 0, range(args.batch_size))
+        objectives.check_batch(batch, options)
+    except ValueError as error:
+        raise DataError(f"objectives.py, {options.objective}: {error}") from None
+
+
 def prefetch(make, first, last):
     """Yields (step, make(step)) for first <= step < last. The next one is made while this one is used."""
     with ThreadPoolExecutor(1) as pool:
@@ -195,8 +208,7 @@ def train(args):
     start_processes(args)
     meta, shards = load_data(args)
     options = make_options(args, meta["vocab_size"])
-    for split in ("train", "val"):
-        data.check_window(shards[split], objectives.window_size(options))
+    check_first_batch(shards, options, args)
     with contextlib.ExitStack() as held:
         in_first_process(lambda: held.enter_context(hold(args.out_dir)))
         in_first_process(lambda: check_folder(args))    # again: another run may have ended just now
@@ -282,7 +294,7 @@ def loop(args, model, fast, optimizers, make, validate, baseline, done, step_flo
         signals = stack.enter_context(stop_signals())
         vote = stack.enter_context(stop_vote(signals))
         steps = stack.enter_context(contextlib.closing(prefetch(make, done["step"], args.max_iters)))
-        bar = stack.enter_context(progress_bar(args, done["step"]))
+        bar = stack.enter_context(progress_bar(args.max_iters, done["step"]))
         for step, batches in steps:
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
@@ -331,22 +343,6 @@ def loop(args, model, fast, optimizers, make, validate, baseline, done, step_flo
             pending = []
             clock = time.time()
     return line, stop
-
-
-@contextlib.contextmanager
-def progress_bar(args, first):
-    """A tqdm bar of the updates, shown once for all processes."""
-    how = dict(total=args.max_iters, initial=first, disable=rank_and_world()[0] != 0, dynamic_ncols=True)
-    bar = None
-    with output_may_close():
-        bar = tqdm(**how)
-    if bar is None:                         # the screen was closed while it was drawn. Now it draws nowhere
-        bar = tqdm(**how)
-    try:
-        yield bar
-    finally:
-        with output_may_close():
-            bar.close()
 
 
 def show_speed(bar, line):
@@ -538,6 +534,20 @@ def say(text):
     if rank_and_world()[0] == 0:
         with output_may_close():
             tqdm.write(text)
+
+
+@contextlib.contextmanager
+def progress_bar(total, initial):
+    """tqdm's bar on the screen of the first process. A screen that is gone does not end the run."""
+    rank, _ = rank_and_world()
+    bar = tqdm(disable=True)
+    with output_may_close():
+        bar = tqdm(total=total, initial=initial, disable=rank != 0, dynamic_ncols=True)
+    try:
+        yield bar
+    finally:
+        with output_may_close():
+            bar.close()
 
 # -----------------------------------------------------------------------------
 # Data and options

@@ -1,53 +1,65 @@
 """
-How fast is each objective, and how far is that from what this machine can do?
+How fast does this machine train with these flags, how far is that from what it can do, and how much faster
+than plain PyTorch?
 
-    python dev/bench.py                                             # the preset of this device, all objectives
+    python dev/bench.py                                     # the preset of this device, all objectives
     python dev/bench.py --preset tiny --objective ar vlm --repeats 40 --json bench.json
-    python dev/bench.py --parts step --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_tokens 4096 \
+    python dev/bench.py --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_tokens 4096 \
         --vocab_size 4096 --optimizer adamw --compile on
-    python dev/bench.py --compare bench.json                        # the same flags: ratios to that run
 
-Takes every flag of train.py and measures the training step that it would run, on random tokens. The ceilings
-are measured in the same process: large matrix products in the dtypes used, and copying memory. Beside each
-step stands the plain version of the same model, float32, eager, logits at every position, in turns with it
-and with the same optimizer, in a process of its own: model.reuse_memory, which it does without, is for all of
-a process. It is left out where it does not fit into a GPU's memory.
-Operations are counted for the work that is needed (model.flops), so redundant work lowers the percentage.
-Times are medians over repeats, of the step with its quartiles in brackets; the device is waited for after
-every step, which training does not do. "data ms" is the time to make a step's batch, which training hides.
+Takes every flag of train.py and measures the training step that it would run, on random tokens.
+
+of ceiling     The operations that the step needs (model.flops: redundant work lowers the share) per second,
+               over those of large matrix products in the same dtype, measured in the same process.
+plain / ours   Beside each step, in turns with it and with the same optimizer, runs the plain version of the
+               same model: float32, eager, logits at every position. It has a process of its own, as
+               common.reuse_memory, which it does without, holds for a whole process.
+ms per step    The median over repeats, with the quartiles in brackets. The device is waited for after every
+               step, which training does not do.
+data ms        The time to make the batches of a step, which training hides behind the step before.
+peak MiB       What tensors take up at most during a step, beyond those that are there before it. GPUs only.
 """
 import copy
-import json
 import multiprocessing
-import os
 import platform
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-if __name__ == "__main__":                                      # the profiler's own messages are not for us
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))          # run as python dev/bench.py
-import data
-import flags
-from documents import pieces, stdlib_files
-from eval_ppl import left_to_right_masked, standard_lengths
-from common import one_line_errors, pick_dtype, reuse_memory, write_json
-from model import Config, Transformer, flops
-from objectives import OBJECTIVES
-from sample import append, draw, fill
-from tokenizer import build_encoding, make_tokenizer
-from train import compiled, get_batch, make_optimizers, make_options, pick_compile, to_device, update
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # so that it runs as `python dev/bench.py`
+
+import flags                                                        # noqa: E402
+from common import align, one_line_errors, pick_dtype               # noqa: E402
+from common import reuse_memory, write_json                         # noqa: E402
+from model import Config, Transformer, flops, plain_loss            # noqa: E402
+from objectives import OBJECTIVES, Batch                            # noqa: E402
+from train import compiled, get_batch, make_optimizers              # noqa: E402
+from train import make_options, pick_compile, to_device, update     # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Measuring
+
+def seconds(functions, repeats, device="cpu", warmup=3):
+    """{name: (repeats,) seconds} of functions {name: f}.
+
+    They are called in turns, so that what else the machine does hits all of them. Of several, each is called
+    twice in its turn and the second call counts: by then the caches are its own again.
+    """
+    times = {name: [] for name in functions}
+    for _ in range(warmup + repeats):
+        for name, function in functions.items():
+            if len(functions) > 1:
+                function()
+            start = clock(device)
+            function()
+            times[name].append(clock(device) - start)
+    return {name: np.array(values[warmup:]) for name, values in times.items()}
+
 
 def clock(device):
     """Seconds, when all that was asked of the device is done."""
@@ -56,342 +68,215 @@ def clock(device):
     return time.perf_counter()
 
 
-def seconds(functions, repeats, device="cpu", warmup=3):
-    """{name: (repeats,) seconds} of functions {name: f}, called in turns:
-    what else the machine does hits all.
-
-    Of several, each is called twice in its turn, and the second call counts: the caches are its own again.
-    """
-    out = {name: [] for name in functions}
-    for _ in range(warmup + repeats):
-        for name, f in functions.items():
-            if len(functions) > 1:
-                f()
-            start = clock(device)
-            f()
-            out[name].append(clock(device) - start)
-    return {name: np.array(times[warmup:]) for name, times in out.items()}
-
-
-def median(times):
-    """Of (n,) seconds: {"ms": median, "quartiles": [ms, ms]}."""
-    low, middle, high = (1e3 * np.quantile(times, q) for q in (0.25, 0.5, 0.75))
-    return {"ms": middle, "quartiles": [low, high]}
-
-
 def peak_memory(step, device):
-    """Bytes that tensors take up at the most during a step, beyond those that are there before it.
-
-    0 where this cannot be known (Apple's GPUs).
-    """
-    if device == "mps":
-        return 0
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-    return max(0, int(np.cumsum([0, *(size for _, size in changes)]).max()))
+    """Bytes that tensors take up at most during a step, beyond those that exist before it. None: unknown."""
+    if not device.startswith("cuda"):
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-def ceilings(device, dtypes):
-    """What the device can do: {dtype: FLOP/s of a large matrix product, "copy": bytes/s read and written}."""
-    n, repeats = (8192, 20) if device.startswith("cuda") else (2048, 15)
-    out = {}
-    for dtype in dtypes:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        times = seconds({"product": lambda: a @ b}, repeats, device)["product"]
-        out[str(dtype)[6:]] = 2 * n ** 3 / float(np.median(times))
-    a, b = (torch.zeros(2 ** 26, device=device) for _ in range(2))                  # 256 MiB each
-    times = seconds({"copy": lambda: b.copy_(a)}, repeats, device)["copy"]
-    return out | {"copy": 2 * 4 * 2 ** 26 / float(np.median(times))}
+def ceiling(device, dtype):
+    """What the device can do at best: FLOP/s of a large matrix product."""
+    n = 8192 if device.startswith("cuda") else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    times = seconds({"product": lambda: a @ b}, 15, device)["product"]
+    return 2 * n ** 3 / float(np.median(times))
 
 # -----------------------------------------------------------------------------
-# What is measured. Each part returns {name: number or dict}, for the table and for JSON
-
-def plain_loss(model, inputs, positions, targets, weights):
-    """What Transformer.forward computes, written the plain way: all logits at once."""
-    log_p = model.logits(model.features(inputs).flatten(0, 1)[positions]).log_softmax(dim=-1)   # (N, V)
-    return -(log_p.gather(1, targets).mean(dim=1) * weights).sum()
-
-
-def every_position(batch, size):
-    """The batch with all `size` positions scored, at weight 0 those that were not: the same loss."""
-    inputs, positions, targets, weights = batch
-    every = torch.zeros(size, targets.size(1), dtype=targets.dtype, device=targets.device)
-    weight = torch.zeros(size, device=weights.device)
-    positions = positions[weights > 0]
-    every[positions], weight[positions] = targets[weights > 0], weights[weights > 0]
-    return [inputs, torch.arange(size, device=inputs.device), every, weight]
-
-
-def build(args, causal, vocab_size):
-    """A model with no matrix at zero, as some are at first: products with zeros can be faster on a GPU."""
-    torch.manual_seed(args.seed)
-    config = Config(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, causal)
-    model = Transformer(config)
-    for block in model.blocks:
-        for part in (block.attn, block.mlp):
-            torch.nn.init.normal_(part.c_proj.weight, std=args.n_embd ** -0.5)
-    model = model.to(args.device)
-    model.dtype = pick_dtype(args.dtype, args.device)
-    return model
-
+# The training step, ours and plain
 
 def make_step(args, shards, plain=False):
-    """One training step of args.objective, as train.py runs it or plain: {"step": a function, "load": one
-    that makes its batches, "scored": positions, "needed": floating-point operations, "compiled": bool}.
+    """One training step of args.objective, as train.py runs it, or plain.
+
+    Returns (step, load, numbers): two functions, one runs the step and one makes its batches, and
+    {"scored": positions, "flops": operations needed, "compiled": bool}.
     """
+    # The model. Some of its matrices begin at zero, and products with zeros can be faster on a GPU
+    torch.manual_seed(args.seed)
+    causal = OBJECTIVES[args.objective].causal
+    sizes = args.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd
+    config = Config(*sizes, causal)
+    dtype = torch.float32 if plain else pick_dtype(args.dtype, args.device)
+    model = Transformer(config, dtype)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.c_proj.weight, std=args.n_embd ** -0.5)
+        torch.nn.init.normal_(block.mlp.c_proj.weight, std=args.n_embd ** -0.5)
+    model = model.to(args.device)
+
+    # The batches of the step
     options = make_options(args, args.vocab_size)
-    model = build(args, OBJECTIVES[args.objective].causal, args.vocab_size)
-    sequences = range(args.batch_tokens // args.block_size)
-    cuts = [sequences[i:i + args.batch_size] for i in sequences[::args.batch_size]]
-
+    n = args.batch_tokens // args.block_size                    # sequences
     def load():
-        return [to_device(get_batch(shards, options, args.seed, 0, cut), args.device) for cut in cuts]
+        batches = []
+        for start in range(0, n, args.batch_size):
+            sequences = range(start, start + args.batch_size)
+            batch = get_batch(shards, options, args.seed, 0, sequences)
+            batches.append(to_device(batch, args.device))
+        return batches
 
-    batches, loss = load(), model
-    scored = sum(int((weights > 0).sum()) for *_, weights in batches)
-    needed = flops(model.config, len(sequences), args.block_size, scored)
+    batches = load()
+    scored = sum(int((batch.weights > 0).sum()) for batch in batches)
+    needed = flops(config, n, args.block_size, scored)
+
+    # The loss
+    loss = model
     if plain:
-        model.dtype = torch.float32
-        batches, loss = [every_position(b, b[0].numel()) for b in batches], partial(plain_loss, model)
+        batches = [score_every_position(batch) for batch in batches]
+        loss = partial(plain_forward, model)
     elif pick_compile(args, needed):
         torch.compiler.reset()          # else the shapes of the objective before make this one's dynamic
         loss = compiled(model, batches[0])
+
+    # The learning rate 0 leaves the weights as they are, so every repeat is the same work
     optimizers = make_optimizers(model, args)
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["peak_lr"] = 0.0          # the weights stay, so every repeat is the same work
-    return {"step": partial(update, loss, optimizers, batches, args, 0), "load": load, "scored": scored,
-            "needed": needed, "compiled": loss is not model}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = 0.0
+    step = partial(update, loss, optimizers, batches, args, 0)
+    is_compiled = not plain and loss is not model
+    return step, load, {"scored": scored, "flops": needed, "compiled": is_compiled}
 
 
-PLAIN = {}                              # the plain step, in its own process
+def plain_forward(model, inputs, positions, targets, weights):
+    """What Transformer.forward computes, with all logits in memory at once."""
+    hidden = model.features(inputs).flatten(0, 1)[positions]                # (N, C)
+    return plain_loss(hidden, model.wte.weight, targets, weights, model.config.vocab_size)
+
+
+def score_every_position(batch):
+    """The batch with all B*T positions scored, those that were not with weight 0: the same loss."""
+    size = batch.inputs.numel()
+    positions = torch.arange(size, device=batch.inputs.device)
+    targets = batch.targets.new_zeros(size, batch.targets.size(1))
+    weights = batch.weights.new_zeros(size)
+    used = batch.weights > 0
+    targets[batch.positions[used]] = batch.targets[used]
+    weights[batch.positions[used]] = batch.weights[used]
+    return Batch(batch.inputs, positions, targets, weights)
+
+
+PLAIN = {}                              # the plain step, in the process that runs it
 
 def start_plain(args, shards):
-    """Whether the plain step fits into the memory."""
+    """Make the plain step and run it once. Raises torch.OutOfMemoryError if it does not fit."""
     PLAIN.clear()
-    try:
-        PLAIN.update(make_step(args, shards, plain=True), device=args.device)
-        plain_step()
-        return True
-    except torch.OutOfMemoryError:
-        PLAIN.clear()
-    torch.cuda.empty_cache()
-    return False
+    step, _, _ = make_step(args, shards, plain=True)
+    step()
+    PLAIN["step"] = step
 
 
-def plain_step():
+def run_plain(device):
     PLAIN["step"]()
-    clock(PLAIN["device"])
+    clock(device)
 
 
-def plain_memory():
-    return peak_memory(PLAIN["step"], PLAIN["device"])
+def measure(args, objective, shards, most, other):
+    """All numbers of one objective: a dict for the table and for JSON.
 
-
-def bench_step(args, objective, shards, ceiling, other):
-    """One training step of an objective, as train.py runs it and plain. other: an executor of one process."""
+    most: FLOP/s, the ceiling. other: an executor of one process, for the plain version.
+    """
     args = copy.copy(args)
     args.objective = objective
-    ours = make_step(args, shards)
-    steps = {"step": ours["step"]}
-    if not args.no_plain and other.submit(start_plain, args, shards).result():
-        steps["plain"] = lambda: other.submit(plain_step).result()
-    times = seconds(steps, args.repeats, args.device)
-    result, needed = median(times["step"]), ours["needed"]
-    rate = args.batch_tokens / result["ms"] * 1e3
-    result |= {"tokens_per_second": rate, "flops_per_second": needed / result["ms"] * 1e3,
-               "of_ceiling": needed / result["ms"] * 1e3 / ceiling, "floor_ms": needed / ceiling * 1e3,
-               "scored": ours["scored"], "peak_memory": peak_memory(ours["step"], args.device),
-               "load_ms": median(seconds({"load": ours["load"]}, args.repeats, args.device)["load"])["ms"],
-               "compiled": ours["compiled"]}
-    if "plain" in steps:
-        result["plain"] = median(times["plain"]) | {"peak_memory": other.submit(plain_memory).result()}
-        result["times_plain"] = result["plain"]["ms"] / result["ms"]
-    return result
+    step, load, numbers = make_step(args, shards)
 
+    # Ours and plain in turns
+    functions = {"ours": step}
+    if not args.no_plain:
+        try:
+            other.submit(start_plain, args, shards).result()
+            functions["plain"] = lambda: other.submit(run_plain, args.device).result()
+        except torch.OutOfMemoryError:
+            print(f"{objective}: the plain version does not fit into the memory", flush=True)
+    times = seconds(functions, args.repeats, args.device)
 
-def bench_prepare(args):
-    """Text to shards, in bytes of text a second, against tiktoken's own batch call on the same documents."""
-    texts = [text for _, text in stdlib_files()]
-    encoding = build_encoding(make_tokenizer("bpe:2048", iter(texts)))
-    size = sum(len(text.encode()) for text in texts)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "texts.jsonl")
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-        def prepare():
-            writer = data.ShardWriter(folder, "train", "uint16", data.SHARD_TOKENS)
-            for _, ids, _, _ in data.encode(pieces([str(source)], 0.0, print), encoding):
-                writer.write(ids)
-            writer.close()
-
-        times = seconds({"ours": prepare, "tiktoken": lambda: encoding.encode_ordinary_batch(texts)}, 5,
-                        warmup=1)
-    rate = {name: size / float(np.median(t)) for name, t in times.items()}
-    return {"bytes_per_second": rate["ours"], "tiktoken": rate["tiktoken"],
-            "ratio": rate["ours"] / rate["tiktoken"]}
-
-
-@torch.inference_mode()
-def bench_score(args):
-    """Left-to-right scoring of a masked model against plain forward passes over as many tokens."""
-    model, T = build(args, False, args.vocab_size).eval(), args.block_size
-    lengths = standard_lengths(T)
-    x = torch.randint(args.vocab_size, (32, T), device=args.device)
-    prompts = np.tile(lengths, (len(x), 1))                                         # (n, K)
-    rows = x.repeat(len(lengths), 1).split(64)
-    times = seconds({
-        "score": lambda: left_to_right_masked(model, x, prompts, T - prompts, batch_size=64),
-        "forward": lambda: [model.features(batch) for batch in rows]
-    }, max(3, args.repeats // 4), args.device, 1)
-    score, forward = (float(np.median(t)) for t in times.values())
-    return {"tokens_per_second": prompts.size * T / score, "times_forward": score / forward}
-
-
-@torch.inference_mode()
-def bench_sample(args):
-    """New tokens a second, one text at a time: causal with and without the cache,
-    masked from left to right.
-    """
-    def recompute(model, ids, n):
-        for _ in range(n):
-            hidden = model.features(torch.tensor([ids], device=args.device))[:, -1]
-            ids = ids + pick(model.logits(hidden)).tolist()
-
-    pick, n = partial(draw, temperature=0.8), args.block_size - 1
-    causal, masked = (build(args, kind, args.vocab_size).eval() for kind in (True, False))
-    masks = [0] + [masked.config.mask_token] * n
-    times = seconds({"cached": lambda: append(causal, [0], n, pick),
-                     "uncached": lambda: recompute(causal, [0], n),
-                     "masked": lambda: fill(masked, masks, pick)}, 3, args.device, 1)
-    return {f"{name}_tokens_per_second": n / float(np.median(t)) for name, t in times.items()}
-
-# -----------------------------------------------------------------------------
-# Output
-
-def step_table(steps):
-    rows = [["", "ms a step", "tokens/s", "GFLOP/s", "of ceiling", "floor ms", "peak MiB", "data ms",
-             "plain ms", "plain MiB", "plain / ours"]]
-    for objective, r in steps.items():
-        plain = ["-"] * 3 if "plain" not in r else [
-            f"{r['plain']['ms']:.1f}", f"{r['plain']['peak_memory'] / 2 ** 20:.0f}",
-            f"{r['times_plain']:.2f}"]
-        low, high = r["quartiles"]
-        rows.append([objective, f"{r['ms']:.1f} [{low:.1f}, {high:.1f}]", f"{r['tokens_per_second']:.0f}",
-                     f"{r['flops_per_second'] / 1e9:.0f}", f"{r['of_ceiling']:.0%}", f"{r['floor_ms']:.1f}",
-                     f"{r['peak_memory'] / 2 ** 20:.0f}", f"{r['load_ms']:.1f}", *plain])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
-
-
-def rates(result, path=""):
-    """{path: value} of every rate in a nested result: what --compare compares; more is better."""
-    out = {}
-    for key, value in result.items():
-        if isinstance(value, dict):
-            out |= rates(value, f"{path}{key} ")
-        elif key.endswith("per_second") or path == "ceilings ":
-            out[path + key] = value
-    return out
-
-
-RUN = ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "vocab_size",
-       "optimizer", "dtype", "compile", "device")       # flags that must be equal for two results to compare
-
-def check_same(old, new):
-    """Raises ValueError, one line, unless the flags of two results ask for the same work."""
-    other = [f"{name} {old.get(name)}" for name in RUN if old.get(name) != new.get(name)]
-    if other:
-        raise ValueError(f"the other result was measured with {', '.join(other)}: give the same flags")
-
-
-def comparison(old, new):
-    """Lines with the ratio new / old of every rate that both results have. Raises ValueError if none."""
-    old, new = rates(old), rates(new)
-    both = [name for name in new if old.get(name)]
-    if not both:
-        raise ValueError("the other result has no number in common with this one")
-    width = max(map(len, both))
-    return "\n".join(f"{name:{width}}  {old[name]:12.4g} -> {new[name]:12.4g}  x {new[name] / old[name]:.2f}"
-                     for name in both)
+    # Medians
+    low, middle, high = np.quantile(times["ours"], [0.25, 0.5, 0.75]).tolist()
+    numbers["ms"] = 1e3 * middle
+    numbers["quartiles"] = [1e3 * low, 1e3 * high]
+    numbers["tokens_per_second"] = args.batch_tokens / middle
+    numbers["of_ceiling"] = numbers["flops"] / middle / most
+    numbers["peak_memory"] = peak_memory(step, args.device)
+    load_times = seconds({"load": load}, args.repeats, args.device)["load"]
+    numbers["data_ms"] = 1e3 * float(np.median(load_times))
+    if "plain" in functions:
+        numbers["plain_ms"] = 1e3 * float(np.median(times["plain"]))
+        numbers["plain_over_ours"] = numbers["plain_ms"] / numbers["ms"]
+    return numbers
 
 # -----------------------------------------------------------------------------
 # Command line
 
-PARTS = ("step", "prepare", "score", "sample")
+def table(results):
+    """One row per objective. results: {objective: numbers}."""
+    head = ["", "ms per step", "tokens/s", "of ceiling", "peak MiB", "data ms", "plain ms", "plain / ours"]
+    rows = [head]
+    for objective, r in results.items():
+        low, high = r["quartiles"]
+        memory, plain = "-", ["-", "-"]
+        if r["peak_memory"] is not None:
+            memory = f"{r['peak_memory'] / 2 ** 20:.0f}"
+        if "plain_ms" in r:
+            plain = [f"{r['plain_ms']:.1f}", f"{r['plain_over_ours']:.2f}"]
+        time_cell = f"{r['ms']:.1f} [{low:.1f}, {high:.1f}]"
+        rows.append([objective, time_cell, f"{r['tokens_per_second']:.0f}", f"{r['of_ceiling']:.0%}",
+                     memory, f"{r['data_ms']:.1f}", *plain])
+    return align(rows)
+
 
 def build_parser():
-    p = flags.build_parser("Measure training, preparation, scoring and sampling.", conflict_handler="resolve")
+    p = flags.build_parser("Measure the training step of each objective.",
+                           conflict_handler="resolve")          # --objective takes several here
     p.add_argument("--objective", nargs="+", choices=[*OBJECTIVES, "all"], default=["all"],
                    help="which to measure")
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    p.add_argument("--vocab_size", type=int, help="default: that of the preset's dataset")
+    p.add_argument("--vocab_size", type=int,
+                   help="number of text ids; without it, that of the preset's dataset")
     p.add_argument("--repeats", type=int, default=20, help="steps of each kind")
-    p.add_argument("--no_plain", action="store_true", help="without the plain version")
+    p.add_argument("--no_plain", action="store_true", help="leave out the plain version")
     p.add_argument("--json", metavar="FILE", help="write all numbers there")
-    p.add_argument("--compare", metavar="FILE", help="print the ratios to an earlier --json FILE")
     return p
 
 
 def run(args):
     """Measure, print and write to --json as it comes. Raises ValueError, one line, for bad input."""
+    # The flags
     names = list(OBJECTIVES) if "all" in args.objective else args.objective
-    args.objective, args.overwrite = names[0], True             # nothing is written: any out_dir will do
+    args.objective = names[0]
+    args.overwrite = True                                       # nothing is written: any out_dir will do
     flags.complete(args)
     if args.vocab_size is None:
-        args.vocab_size = {"stdlib": 2048}.get(args.dataset, 50257)
+        args.vocab_size = 2048 if args.dataset == "stdlib" else 50257
     if min(args.repeats, args.vocab_size) < 1:
         raise ValueError("repeats and vocab_size must be at least 1")
-    old = json.loads(Path(args.compare).read_text()) if args.compare else None
-    if old:
-        check_same(old["flags"], vars(args))
+
+    # The machine
+    device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if args.device.startswith("cuda"):
+        device = torch.cuda.get_device_name(args.device)
     dtype = pick_dtype(args.dtype, args.device)
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    result = {"device": device, "torch": torch.__version__, "flags": {**vars(args), "objective": names},
-              "ceilings": ceilings(args.device, list(dict.fromkeys([dtype, torch.float32]))), "parts": {}}
-    ceiling = result["ceilings"]
-    print(f"{device}, torch {torch.__version__}, {args.preset}: {args.n_layer} layers, width {args.n_embd}, "
-          f"T {args.block_size}, vocabulary {args.vocab_size}, {args.batch_tokens} tokens a step, "
-          f"{args.optimizer}\n"
-          "ceilings: " + ", ".join(f"{k} {v / 1e9:.0f} {'GB' if k == 'copy' else 'GFLOP'}/s"
-                                   for k, v in ceiling.items()), flush=True)
-    for part in args.parts:
-        if part == "step":
-            shards = [np.random.default_rng(0).integers(args.vocab_size, size=2 ** 21).astype(np.uint32)]
-            r = {}
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-                for name in names:
-                    print(f"measuring {name} ...", flush=True)
-                    r[name] = bench_step(args, name, shards, ceiling[str(dtype)[6:]], other)
-            print(step_table(r), flush=True)
-        elif part == "prepare":
-            r = bench_prepare(args)
-            print(f"preparation: {r['bytes_per_second'] / 1e6:.1f} MB of text a second, "
-                  f"{r['ratio']:.0%} of bare tiktoken")
-        elif part == "score":
-            r = bench_score(args)
-            print(f"masked left-to-right scoring: {r['tokens_per_second']:.0f} tokens/s, "
-                  f"{r['times_forward']:.2f} times the plain forward passes")
-        else:
-            r = bench_sample(args)
-            print("sampling, tokens/s: " + ", ".join(f"{n.split('_')[0]} {v:.0f}" for n, v in r.items()))
-        result["parts"][part] = r
-        if args.json:
-            write_json(args.json, result)
-    if old:
-        print(f"\nratios to {args.compare} ({old['device']}, torch {old['torch']})\n"
-              f"{comparison(old, result)}")
-    return result
+    most = ceiling(args.device, dtype)
+    print(f"{device}, torch {torch.__version__}")
+    print(f"{args.preset}: {args.n_layer} layers, width {args.n_embd}, T {args.block_size}, "
+          f"vocabulary {args.vocab_size}, {args.batch_tokens} tokens per step, {args.optimizer}")
+    print(f"ceiling: {most / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}", flush=True)
+
+    # Each objective
+    results = {}
+    report = {"date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__,
+              "flags": {**vars(args), "objective": names}, "ceiling": most, "objectives": results}
+    tokens = np.random.default_rng(0).integers(args.vocab_size, size=2 ** 21)
+    shards = [tokens.astype(np.uint32)]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        for name in names:
+            print(f"measuring {name} ...", flush=True)
+            results[name] = measure(args, name, shards, most, other)
+            if args.json:
+                write_json(args.json, report)
+    print(table(results), flush=True)
+    return report
 
 
 def main(argv=None):

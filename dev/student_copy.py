@@ -27,7 +27,7 @@ EXERCISES = {
     2: {"objectives.py": ["dar"]},
     3: {"objectives.py": ["uniform_masks", "mask_batch", "mlm"]},
     4: {"objectives.py": ["vlm"]},
-    5: {"model.py": ["attend"]},
+    5: {"model.py": ["attention", "plain_loss"]},
     7: {"eval_ppl.py": ["left_to_right_masked"]},
     8: {"probe.py": ["probe"]},
 }

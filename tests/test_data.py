@@ -307,7 +307,7 @@ def test_stopped_at_any_rename(tmp_path, monkeypatch, corpus):
     monkeypatch.setattr(os, "fsync", note)
     prepare_small(corpus[0], tmp_path / "undisturbed")
     whole = files_of(tmp_path / "undisturbed/x")
-    assert len(whole) == 5                                      # two shards of train, one of val, two .json
+    assert len(whole) == 6                          # two shards of train, one of val, unigram.npy, two .json
     for k in range(len(whole)):
         folder, left = tmp_path / str(k), k
         with monkeypatch.context() as patch:

@@ -19,8 +19,9 @@ import documents
 import tokenizer
 import eval_glue
 import glue_data
-from common import DataError, save_checkpoint, save_config, unzip
-from glue_data import GLUE, f1, matthews, pearson, ranks, read_tsv, spearman
+import probe
+from common import DataError, load_checkpoint, save_checkpoint, save_config, unzip
+from glue_data import GLUE, f1, matthews, parse, pearson, ranks, read_lines, spearman
 from model import Config, Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -118,8 +119,8 @@ def rows_of(name, columns, width):
 def test_official_layouts(tmp_path, name, end, bom):
     columns, header = COLUMNS[name], HEADERS.get(name)
     rows = rows_of(name, columns, len(header.split("\t")) if header else 4)
-    examples, y, malformed = read_tsv(write(tmp_path / "t.tsv", rows + [["short"]], header, end, bom),
-                                      GLUE[name])
+    path = write(tmp_path / "t.tsv", rows + [["short"]], header, end, bom)
+    (examples, y, _), malformed = parse(read_lines(str(path)), GLUE[name], path)
     assert malformed == 1 and len(y) == 6
     assert examples == [tuple(row[i] for i in columns[:-1]) for row in rows]
     expected = [float(r[columns[-1]]) if name == "STS-B" else GLUE[name].labels.index(r[columns[-1]])
@@ -134,17 +135,55 @@ def test_mnli_has_two_dev_sets_with_the_label_elsewhere(tmp_path):
         rows[0][15] = "-"                                       # no gold label: malformed
         write(tmp_path / f"MNLI/dev_{kind}.tsv", rows, MNLI_DEV)
     task = glue_data.load_task("MNLI", tmp_path, download=False)
-    assert ({k: len(d[1]) for k, d in task.dev.items()} == {"matched": 3, "mismatched": 4}
+    assert ({k: len(d.y) for k, d in task.dev.items()} == {"matched": 3, "mismatched": 4}
             and task.malformed == 2)
 
 
-def test_mrpc_is_split_by_the_list_of_dev_ids(tmp_path):
+def mrpc(folder, ids="mrpc_dev_ids.tsv"):
+    """The files as they are distributed, or as the usual download script stores them."""
     rows = [["1", "10", "20", 'a "b', "c"], ["0", "11", "21", "d", "e"], ["1", "10", "21", "f", "g"]]
-    write(tmp_path / "MRPC/msr_paraphrase_train.txt", rows, HEADERS["MRPC"], "\r\n", bom=True)
-    write(tmp_path / "MRPC/mrpc_dev_ids.tsv", [["11", "21"]])
+    write(folder / "MRPC/msr_paraphrase_train.txt", rows, HEADERS["MRPC"], "\r\n", bom=True)
+    write(folder / "MRPC" / ids, [["11", "21"]])
+    return {path: path.read_bytes() for path in (folder / "MRPC").iterdir()}
+
+
+def unchanged(before):
+    """Whether a folder holds the files {path: content} and no others."""
+    folder = next(iter(before)).parent
+    return {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("ids", ["mrpc_dev_ids.tsv", "dev_ids.tsv"])
+def test_mrpc_is_split_by_the_list_of_dev_ids_and_nothing_is_written(tmp_path, ids):
+    before = mrpc(tmp_path, ids)
     task = glue_data.load_task("MRPC", tmp_path, download=False)
-    assert (task.train == [('a "b', "c"), ("f", "g")] and task.dev[""][0] == [("d", "e")]
-            and task.y.tolist() == [1, 1])
+    assert task.train.examples == [('a "b', "c"), ("f", "g")] and task.train.y.tolist() == [1, 1]
+    assert task.dev[""].examples == [("d", "e")]
+    assert unchanged(before)
+
+
+@pytest.mark.parametrize("ids", ["mrpc_dev_ids.tsv", "dev_ids.tsv", None])
+def test_ready_files_of_mrpc_are_read_and_never_written(tmp_path, ids):
+    if ids:
+        mrpc(tmp_path, ids)
+    for file, text in [("train.tsv", "mine"), ("dev.tsv", "ours")]:
+        write(tmp_path / "MRPC" / file, [["0", "1", "2", text, "x"]] * 2, HEADERS["MRPC"])
+    before = {path: path.read_bytes() for path in (tmp_path / "MRPC").iterdir()}
+    task = glue_data.load_task("MRPC", tmp_path, download=False)
+    assert task.train.examples == [("mine", "x")] * 2 and task.dev[""].examples == [("ours", "x")] * 2
+    assert unchanged(before)
+
+
+@pytest.mark.parametrize("encoding, named", [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"),
+                                             ("latin-1", "Latin-1")])
+def test_other_encodings_are_named_in_one_line(tmp_path, encoding, named):
+    path = tmp_path / "RTE/train.tsv"
+    path.parent.mkdir()
+    path.write_bytes((HEADERS["RTE"] + "\n0\tcaf\u00e9\tb\tentailment\n").encode(encoding))
+    write(tmp_path / "RTE/dev.tsv", [["0", "a", "b", "entailment"]] * 2, HEADERS["RTE"])
+    with pytest.raises(DataError, match=named) as error:
+        glue_data.load_task("RTE", tmp_path, download=False)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name, header, rows, message", [
@@ -155,7 +194,8 @@ def test_mrpc_is_split_by_the_list_of_dev_ids(tmp_path):
     ("CoLA", None, [], "malformed")])
 def test_wrong_files_are_refused_in_one_line(tmp_path, name, header, rows, message):
     with pytest.raises(DataError, match=message) as error:
-        read_tsv(write(tmp_path / "t.tsv", rows, header), GLUE[name])
+        path = write(tmp_path / "t.tsv", rows, header)
+        parse(read_lines(str(path)), GLUE[name], path)
     assert "\n" not in str(error.value)
 
 
@@ -164,7 +204,7 @@ def test_official_files_where_they_are():
         pytest.skip("needs ../shared/data/glue")
     for name, n, m in [("CoLA", 8551, 1043), ("SST-2", 67349, 872), ("RTE", 2490, 277), ("WNLI", 635, 71)]:
         task = glue_data.load_task(name, SHARED, download=False)
-        assert (len(task.y), len(task.dev[""][1]), task.malformed) == (n, m, 0)
+        assert (len(task.train.y), len(task.dev[""].y), task.malformed) == (n, m, 0)
 
 # -----------------------------------------------------------------------------
 # Downloads
@@ -189,10 +229,34 @@ def test_download(tmp_path, server):
     with zipfile.ZipFile(tmp_path / "www/RTE.zip", "w") as z:
         for file in ("train.tsv", "dev.tsv", "test.tsv"):
             z.writestr(f"RTE/{file}", file)
-    glue_data.download_glue("RTE", tmp_path / "glue", ["train.tsv", "dev.tsv"], server)
-    assert sorted(p.name for p in (tmp_path / "glue/RTE").iterdir()) == ["dev.tsv", "train.tsv"]
+    glue = str(tmp_path / "glue")
+    glue_data.download_glue("RTE", glue, server)
+    assert files(tmp_path / "glue/RTE") == {"train.tsv": "train.tsv", "dev.tsv": "dev.tsv"}
     with pytest.raises(DataError, match="404"):
-        glue_data.download_glue("WNLI", tmp_path / "glue", ["train.tsv"], server)
+        glue_data.download_glue("WNLI", glue, server)
+
+
+def files(folder):
+    """{name: text} without what a lock may leave."""
+    return {path.name: path.read_text() for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_download_adds_what_is_missing_and_keeps_what_is_there(tmp_path, server):
+    with zipfile.ZipFile(tmp_path / "www/RTE.zip", "w") as z:
+        for file in ("train.tsv", "dev.tsv"):
+            z.writestr(f"RTE/{file}", file)
+    (tmp_path / "glue/RTE").mkdir(parents=True)
+    (tmp_path / "glue/RTE/train.tsv").write_text("mine")
+    glue_data.download_glue("RTE", str(tmp_path / "glue"), server)
+    assert files(tmp_path / "glue/RTE") == {"train.tsv": "mine", "dev.tsv": "dev.tsv"}
+
+
+def test_download_of_mrpc_leaves_the_two_files_as_they_came(tmp_path, server):
+    before = mrpc(tmp_path / "www")
+    base = server + "MRPC/"
+    glue_data.download_glue("MRPC", str(tmp_path / "glue"), base, base + "msr_paraphrase_train.txt")
+    assert files(tmp_path / "glue/MRPC").keys() == {path.name for path in before}
+    assert len(glue_data.load_task("MRPC", tmp_path / "glue", download=False).train.y) == 2
 
 
 @pytest.mark.parametrize("bad", ["../evil.tsv", "/evil.tsv", "RTE/../../evil.tsv", "..\\evil.tsv", None])
@@ -224,16 +288,16 @@ def test_builtin_tasks_never_share_a_file_between_train_and_test():
     for make in glue_data.STDLIB.values():
         task = make(files)
         of_test = {text for _, text in files if documents.document_is_val(text, data.VAL_FRACTION["stdlib"])}
-        for example in task.train:
+        for example in task.train.examples:
             assert not any(example[0] in text for text in of_test)
-        for example in task.dev[""][0]:
+        for example in task.dev[""].examples:
             assert any(example[0] in text for text in of_test)
     assert set(glue_data.stdlib_topic(files).classes) <= {"p0", "p1", "p2", "p3"}
 
 
 def test_pair_is_balanced_and_its_halves_have_the_same_distribution_in_both_classes():
     task = glue_data.stdlib_pair(library())
-    for examples, y in [(task.train, task.y), task.dev[""][:2]]:
+    for examples, y, _ in (task.train, task.dev[""]):
         assert 2 * y.sum() == len(y)
         for half in (0, 1):
             kept = [sorted(e[half] for e, label in zip(examples, y) if label == k) for k in (0, 1)]
@@ -241,9 +305,9 @@ def test_pair_is_balanced_and_its_halves_have_the_same_distribution_in_both_clas
     texts = [text for _, text in library()]
     for test in (lambda a, b, text: a + b in text,
                  lambda a, b, text: a in text and b in text):               # the latter: one file
-        assert ([any(test(a, b, text) for text in texts) for a, b in task.train]
-                == task.y.astype(bool).tolist())
-    assert {len(half) for example in task.train for half in example} == {glue_data.CHUNK}
+        assert ([any(test(a, b, text) for text in texts) for a, b in task.train.examples]
+                == task.train.y.astype(bool).tolist())
+    assert {len(half) for example in task.train.examples for half in example} == {glue_data.CHUNK}
 
 
 def test_pair_takes_equally_many_tokens_of_both_texts_where_they_meet():
@@ -305,72 +369,388 @@ def test_pairs_are_cut_to_fit():
 # -----------------------------------------------------------------------------
 # The script
 
-@pytest.fixture
-def checkpoints(tmp_path):
-    for name in ("ar", "vlm"):
-        (tmp_path / name).mkdir()
-        model = trained(name == "ar")
-        save_config(tmp_path / name, model.config, train={"objective": name})
-        save_checkpoint(tmp_path / name, model, [], 7)
-        tokenizer.save_tokenizer("bytes", tmp_path / name)
-    rng = np.random.default_rng(0)
-    for file, n in [("train.tsv", 120), ("dev.tsv", 40)]:
+def save(folder, causal):
+    folder.mkdir(parents=True)
+    model = trained(causal)
+    save_config(folder, model.config, train={})
+    save_checkpoint(folder, model, [], 7)
+    tokenizer.save_tokenizer("bytes", folder)
+
+
+def rte(folder, n_train, n_dev, pair, flip=0.0, seed=0):
+    """A task of two classes in the layout of RTE: pair(class, number) -> two texts. flip: share of dev
+    labels that are wrong."""
+    rng = np.random.default_rng(seed)
+    for file, n in [("train.tsv", n_train), ("dev.tsv", n_dev)]:
         y = rng.integers(0, 2, n)
-        rows = [[str(i), "no" if k else "yes!", f"b{i}", GLUE["RTE"].labels[k]] for i, k in enumerate(y)]
-        write(tmp_path / "glue/RTE" / file, rows, HEADERS["RTE"])
+        wrong = rng.random(n) < (flip if file == "dev.tsv" else 0)
+        rows = [[str(i), *pair(k, i), GLUE["RTE"].labels[k ^ w]] for i, (k, w) in enumerate(zip(y, wrong))]
+        write(folder / file, rows, HEADERS["RTE"])
+
+
+def different_words(k, i):
+    return ["yes!", "no"][k], f"b{i}"
+
+
+def different_order(k, i):
+    """The same letters in both classes: only what sees their order can tell."""
+    return [("aab", "cdd"), ("ddc", "baa")][k]
+
+
+def quick_bootstrap(*args):
+    return glue_data.bootstrap(*args, samples=20)
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    save(tmp_path / "ar", True)
+    save(tmp_path / "vlm", False)
+    rte(tmp_path / "glue/RTE", 120, 40, different_words)
+    write(tmp_path / "glue/WNLI/train.tsv", [[str(i), "ab"[i % 2], "c", str(i % 2)] for i in range(60)],
+          HEADERS["WNLI"])
+    write(tmp_path / "glue/WNLI/dev.tsv", [[str(i), "ab"[i % 2], "c", str(i % 2)] for i in range(21)],
+          HEADERS["WNLI"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probe, "ENOUGH", 20)                                # faster: two tenths are judged
+    monkeypatch.setattr(eval_glue, "bootstrap", quick_bootstrap)
     return tmp_path
 
 
-def run(folder, *flags):
-    command = [sys.executable, str(ROOT / "eval_glue.py"), "--checkpoint", "ar", "vlm",
-               "--glue_dir", "glue", *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def main(*flags, checkpoint="vlm"):
+    eval_glue.main(["--checkpoint", checkpoint, "--glue_dir", "glue", *flags])
+    return report(checkpoint)
+
+
+def report(checkpoint="vlm"):
+    return json.loads(Path(checkpoint, "eval_glue.json").read_text())
+
+
+def names(report):
+    return sorted({row["task"] for row in report["results"]})
 
 
 def test_script_writes_a_table_and_a_json_for_each_checkpoint(checkpoints):
-    done = run(checkpoints, "--tasks", "RTE", "--pool", "mean", "last")
+    done = subprocess.run([sys.executable, str(ROOT / "eval_glue.py"), "--checkpoint", "ar", "vlm",
+                           "--glue_dir", "glue", "--tasks", "RTE", "--pool", "mean", "last"],
+                          cwd=checkpoints, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "RTE, accuracy, mean" in done.stdout and "most frequent class" in done.stdout
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("vlm: RTE:")]
+    assert "100.0 ± 0.0" in line                                    # the value, as soon as it is known
     for name in ("ar", "vlm"):
-        report = json.loads((checkpoints / name / "eval_glue.json").read_text())
-        assert report["step"] == 7 and "--tasks RTE" in report["command"] and len(report["results"]) == 2
-        mean = report["results"][0]
+        found = report(name)
+        assert found["step"] == 7 and "--tasks RTE" in found["command"] and len(found["results"]) == 2
+        assert found["weights"] == load_checkpoint(name)[1]["weights"]
+        mean = found["results"][0]
         assert mean["model"]["value"] == 1.0 and mean["n_train"] == 120 and mean["n_dev"] == 40
         assert mean["majority"]["value"] < 0.8 and mean["majority"]["se"] > 0
+        assert mean["protocol"] == "probe" and mean["layer"] is mean["directions"] is None
+
+
+def test_value_and_error_can_be_computed_again_from_the_file(checkpoints):
+    found = main("--tasks", "RTE", "--max_train", "30")
+    row, test = found["results"][0], found["tests"]["RTE"]
+    labels = np.array([int(c, 36) for c in test["labels"]])
+    assert test["groups"] is None and len(labels) == 40
+    for source in ("model", "embeddings", "untrained", "majority"):
+        predicted = np.array([int(c, 36) for c in row[source]["predictions"]])
+        assert np.mean(predicted == labels) == row[source]["value"]
+        error = quick_bootstrap(glue_data.accuracy, predicted, labels, np.arange(40))
+        assert error == row[source]["se"]
+
+
+def test_predictions_are_compact():
+    assert eval_glue.compact(np.array([0, 9, 10, 35]), tuple(range(36))) == "09az"
+    assert eval_glue.compact(np.array([1.23456, -2]), ()) == [1.2346, -2.0]
+
+
+def test_groups_of_the_built_in_tasks_are_stored(monkeypatch):
+    task = glue_data.stdlib_topic(library())
+    stored = eval_glue.test_labels(task)["stdlib-topic"]
+    assert stored["groups"] == task.dev[""].groups.tolist()
+    assert [int(c, 36) for c in stored["labels"]] == task.dev[""].y.tolist()
 
 
 def test_result_does_not_depend_on_the_global_seed(checkpoints):
     values = []
     for seed in (0, 1):
-        torch.manual_seed(seed), np.random.seed(seed)
-        eval_glue.main(["--checkpoint", str(checkpoints / "vlm"), "--glue_dir", str(checkpoints / "glue"),
-                        "--tasks", "RTE"])
-        values.append(json.loads((checkpoints / "vlm/eval_glue.json").read_text())["results"])
-        [row.pop("seconds") for row in values[-1]]
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        rows = main("--tasks", "RTE")["results"]
+        values.append([{name: row[name] for name in row if name != "seconds"} for row in rows])
     assert values[0] == values[1]
 
 
-def test_finetune_starts_at_the_checkpoint_and_leaves_it_unchanged(checkpoints, monkeypatch):
-    monkeypatch.setattr(eval_glue, "LEARNING_RATES", [3e-3, 1e-2])
-    args = ["--glue_dir", str(checkpoints / "glue"), "--tasks", "RTE", "--finetune", "--seeds", "2",
-            "--epochs", "20"]
+def test_results_of_other_commands_on_the_same_weights_are_kept(checkpoints):
+    main("--tasks", "RTE")
+    main("--tasks", "WNLI")
+    main("--tasks", "RTE", "--pool", "max")
+    main("--tasks", "RTE", "--layer", "1")
+    main("--tasks", "RTE", "--directions", "4", "all")
+    main("--tasks", "RTE", "--max_train", "50")
+    main("--tasks", "RTE", "--finetune", "--seeds", "1", "--epochs", "1", "--lr", "1e-3")
+    found = main("--tasks", "RTE", "--finetune", "--seeds", "1", "--epochs", "1", "--lr", "1e-2")
+    assert sorted(found["tests"]) == names(found) == ["RTE", "WNLI"]
+    assert len(found["results"]) == 8
+    assert len(main("--tasks", "RTE", "WNLI")["results"]) == 8              # measured again: replaced
+    assert {row["directions"] for row in found["results"]} == {None, 4}
+    assert sorted(row["protocol"] for row in found["results"]) == ["finetune"] * 2 + ["probe"] * 6
+
+
+def test_results_of_other_weights_are_dropped(checkpoints, capsys):
+    main("--tasks", "RTE")
     model = trained(False)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    task = glue_data.load_task("RTE", checkpoints / "glue", False)
-    rows, _ = eval_glue.encode(tokenizer.build_encoding({"name": "bytes"}), task.train, 24)
-    eval_glue.finetune(model, rows, task.y, [rows], 2, 256, None, "mean", 1e-3, seed=0, epochs=1)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    eval_glue.main(["--checkpoint", str(checkpoints / "vlm"), *args])
-    [row] = json.loads((checkpoints / "vlm/eval_glue.json").read_text())["results"]
-    assert (len(row["model"]["seeds"]) == 2 and row["model"]["value"] > 0.9
-            and row["model_fit"]["lr"] in (3e-3, 1e-2))
+    with torch.no_grad():
+        model.wte.weight[0, 0] += 1
+    save_checkpoint(checkpoints / "vlm", model, [], 7)                      # same step, same command
+    found = main("--tasks", "WNLI")
+    assert names(found) == ["WNLI"] and "other weights" in capsys.readouterr().out
+    assert found["weights"] == load_checkpoint("vlm")[1]["weights"]
 
 
-@pytest.mark.parametrize("flags", [["--tasks", "WNLI"], ["--tasks", "RTE", "--layer", "9"],
+def test_results_on_other_dev_examples_are_dropped(checkpoints):
+    main("--tasks", "RTE")
+    main("--tasks", "WNLI")
+    rte(checkpoints / "glue/RTE", 120, 40, different_words, seed=1)
+    found = main("--tasks", "RTE", "--pool", "max")
+    assert [(row["task"], row["pool"]) for row in found["results"]] == [("WNLI", "mean"), ("RTE", "max")]
+
+
+def test_a_failure_in_the_second_task_keeps_the_first(checkpoints, monkeypatch):
+    evaluate = eval_glue.evaluate
+
+    def fails(model, encoding, task, args):
+        if task.name == "WNLI":
+            raise KeyboardInterrupt
+        return evaluate(model, encoding, task, args)
+
+    monkeypatch.setattr(eval_glue, "evaluate", fails)
+    with pytest.raises(KeyboardInterrupt):
+        main("--tasks", "RTE", "WNLI")
+    assert names(report()) == ["RTE"]
+
+
+def test_a_missing_task_stops_before_anything_is_computed(checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr(eval_glue, "evaluate", None)
+    monkeypatch.setattr(eval_glue, "load_task", None)                       # nor read
+    with pytest.raises(SystemExit) as stop:
+        main("--tasks", "RTE", "SST-2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "SST-2/train.tsv is missing" in error
+    assert "--tasks RTE WNLI " in error and not Path("vlm/eval_glue.json").exists()
+
+
+def test_hint_about_what_is_there_works_when_typed_in(checkpoints):
+    with pytest.raises(DataError) as error:
+        glue_data.require(["SST-2"], "glue")
+    hint = str(error.value).split(": ", 1)[1].split(" takes ")[0]
+    assert names(main(*hint.split())) == ["RTE", "WNLI"]
+
+
+def test_where_nothing_can_be_written_the_table_is_printed_and_one_line_says_so(checkpoints, capsys):
+    (checkpoints / "vlm/eval_glue.json.tmp").mkdir()                        # not even root can write here
+    eval_glue.main(["--checkpoint", "vlm", "--glue_dir", "glue", "--tasks", "RTE", "WNLI"])
+    out, err = capsys.readouterr()
+    assert "RTE, accuracy, mean" in out and "WNLI, accuracy, mean" in out
+    assert err.count("\n") == 1 and "--results DIR" in err
+    eval_glue.main(["--checkpoint", "vlm", "--glue_dir", "glue", "--tasks", "RTE", "--results", "mine"])
+    assert names(json.loads(Path("mine/vlm/eval_glue.json").read_text())) == ["RTE"]
+    assert not Path("vlm/eval_glue.json").exists()
+
+
+def test_two_checkpoints_do_not_share_a_file_of_results(checkpoints, capsys):
+    save(checkpoints / "other/vlm", True)
+    with pytest.raises(SystemExit) as stop:
+        eval_glue.main(["--checkpoint", "vlm", "other/vlm", "--glue_dir", "glue", "--tasks", "RTE",
+                        "--results", "mine"])
+    assert stop.value.code == 2 and "same name" in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# What is compared with what
+
+def test_baselines_without_context_cannot_tell_the_order_of_words(checkpoints):
+    """The mean of embeddings is the same for both classes, trained or not. Fed with the model's own
+    features, these baselines would be as good as the model."""
+    rte(checkpoints / "glue/RTE", 120, 40, different_order)
+    [row] = main("--tasks", "RTE")["results"]
+    assert row["model"]["value"] == 1.0
+    for source in ("embeddings", "untrained"):
+        assert len(set(row[source]["predictions"])) == 1, source
+
+
+def test_embeddings_baseline_is_the_probe_of_the_trained_embeddings(checkpoints):
+    """By hand, from the checkpoint's embedding matrix."""
+    task = glue_data.load_task("RTE", "glue", download=False)
+    rng = np.random.default_rng(0)
+    noisy = task.train._replace(y=np.where(rng.random(120) < 0.3, 1 - task.train.y, task.train.y))
+    rows = [["0", *texts, GLUE["RTE"].labels[k]] for texts, k in zip(noisy.examples, noisy.y)]
+    write(checkpoints / "glue/RTE/train.tsv", rows, HEADERS["RTE"])
+    [row] = main("--tasks", "RTE")["results"]
+
+    table = load_checkpoint("vlm")[0].wte.weight.detach().double()
+    table = table / (table.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    def features(examples):
+        ids = [[*a.encode(), 256, *b.encode()] for a, b in examples]
+        return torch.stack([table[i].mean(0) for i in ids]).float()
+
+    (predicted,), _ = probe.probe(features(noisy.examples), noisy.y, noisy.groups,
+                                      [features(task.dev[""].examples)], 2, glue_data.accuracy)
+    assert row["embeddings"]["predictions"] == "".join(map(str, predicted))
+
+
+def test_directions_are_stored_in_rows_of_their_own(checkpoints):
+    """Six letters, each as likely as the others: a single direction cannot tell two sets of three."""
+    def letter(k, i):
+        return "ace"[i % 3] if k else "bdf"[i % 3], ""
+
+    rte(checkpoints / "glue/RTE", 120, 40, letter)
+    found = main("--tasks", "RTE", "--directions", "1", "16", "all")["results"]
+    assert [row["directions"] for row in found] == [1, 16, None]
+    assert found[0]["model"]["value"] < 0.95
+    assert found[1]["model"]["value"] == found[2]["model"]["value"] == 1.0
+
+
+def test_best_layer_is_chosen_on_training_examples_only(checkpoints, monkeypatch):
+    """Layer 1 of two is the only one that knows: it is chosen, whatever the labels of dev are."""
+    features = Transformer.features
+
+    def only_layer_1_knows(model, inputs, valid=None, layer=None, cache=None):
+        hidden = features(model, inputs, valid, layer, cache)
+        return hidden if layer == 1 else torch.ones_like(hidden)
+
+    monkeypatch.setattr(Transformer, "features", only_layer_1_knows)
+    for flip in (0.0, 1.0):
+        rte(checkpoints / "glue/RTE", 120, 40, different_words, flip)
+        [row] = main("--tasks", "RTE", "--layer", "best")["results"]
+        assert row["layer"] == "best" and row["model"]["layer"] == 1
+        assert row["model"]["value"] == 1 - flip
+
+
+def test_by_length_is_the_metric_on_short_middle_and_long_texts(checkpoints):
+    def pair(k, i):
+        """Long texts are wrong in dev only through the flipped label below."""
+        return ["y", "n"][k], "b" * (1 + i % 9)
+
+    rte(checkpoints / "glue/RTE", 200, 90, pair)
+    lines = (checkpoints / "glue/RTE/dev.tsv").read_text().splitlines()
+    wrong = {"entailment": "not_entailment", "not_entailment": "entailment"}
+    for i in range(6, 90, 9):                               # texts of 1 + 1 + 7 tokens
+        fields = lines[1 + i].split("\t")
+        lines[1 + i] = "\t".join([*fields[:3], wrong[fields[3]]])
+    (checkpoints / "glue/RTE/dev.tsv").write_text("\n".join(lines) + "\n")
+    [row] = main("--tasks", "RTE", "--by_length")["results"]
+    parts = [(part["up_to"], part["n"], round(part["value"], 3)) for part in row["by_length"]]
+    assert parts == [(5, 30, 1.0), (8, 30, 1.0), (11, 30, 0.667)]
+    assert row["model"]["value"] == pytest.approx(80 / 90)
+
+
+def test_texts_of_one_length_are_one_part(checkpoints):
+    rte(checkpoints / "glue/RTE", 60, 30, different_order)
+    [row] = main("--tasks", "RTE")["results"]
+    assert [(part["up_to"], part["n"]) for part in row["by_length"]] == [(7, 30)]
+
+# -----------------------------------------------------------------------------
+# Fine-tuning
+
+def flags_of(*flags):
+    return eval_glue.build_parser().parse_args(["--checkpoint", "vlm", "--finetune", *flags])
+
+
+def test_finetune_starts_at_the_checkpoint_and_leaves_it_unchanged(checkpoints):
+    model = trained(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    task = glue_data.load_task("RTE", "glue", False)
+    task, _ = eval_glue.tokenize(task, tokenizer.build_encoding({"name": "bytes"}), 24)
+    eval_glue.finetune(model, task.train, [task.train], 2, 256, "mean", 1e-3, 0, flags_of("--epochs", "1"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    [row] = main("--tasks", "RTE", "--finetune", "--seeds", "2", "--epochs", "10",
+                 "--lr", "3e-3", "1e-2")["results"]
+    assert len(row["model"]["seeds"]) == 2 and row["model"]["value"] > 0.9
+    assert row["model"]["lr"] in (3e-3, 1e-2)
+
+
+def test_baseline_of_finetuning_is_the_same_finetuning_from_initial_weights(checkpoints, monkeypatch):
+    """A frozen probe of the initial model cannot tell the order of words; fine-tuned, it can."""
+    rte(checkpoints / "glue/RTE", 100, 40, different_order)
+    flags = ["--tasks", "RTE", "--finetune", "--seeds", "1", "--epochs", "10", "--lr", "1e-2"]
+    [row] = main(*flags)["results"]
+    assert row["untrained"]["value"] > 0.9 and "embeddings" not in row
+    assert row["untrained"]["lr"] == 1e-2
+
+    # What each run of it began with
+    begun = []
+    finetune = eval_glue.finetune
+
+    def record(model, *rest):
+        begun.append(model.wte.weight.clone())
+        return finetune(model, *rest)
+
+    monkeypatch.setattr(eval_glue, "finetune", record)
+    main(*flags)
+    first, second = begun
+    assert torch.equal(first, load_checkpoint("vlm")[0].wte.weight)
+    assert torch.equal(second, eval_glue.untrained(trained(False)).wte.weight)
+
+
+def test_learning_rate_is_chosen_on_training_examples_only(checkpoints):
+    """All labels of dev are wrong: chosen there, the rate that learns nothing would win."""
+    rte(checkpoints / "glue/RTE", 120, 40, different_words, flip=1.0)
+    [row] = main("--tasks", "RTE", "--finetune", "--seeds", "1", "--epochs", "5",
+                 "--lr", "1e-2", "1e-9")["results"]
+    assert row["model"]["lr"] == 1e-2 and row["model"]["value"] < 0.2
+    assert row["model"]["held_out"]["0.01"] > 0.9
+
+
+def test_ties_between_learning_rates_go_to_the_middle():
+    for values, best in [([1, 1, 1, 0], 1), ([1, 1, 1, 1], 1), ([0, 1, 1, 1], 1), ([0, 0, 1, 1], 2),
+                         ([1, 0, 0, 1], 0), ([0, 2, 1], 1), ([1], 0), ([1, 1, 1, 1, 1], 2)]:
+        assert eval_glue.best_rate(values) == best
+
+
+def test_chosen_rate_is_printed_and_the_edge_of_the_grid_is_named(checkpoints, monkeypatch, capsys):
+    rates = []
+
+    def learns_at(model, train, tests, n_classes, eot, kind, lr, seed, args):
+        """Knows everything at the rate 1e-2, nothing at others."""
+        rates.append(lr)
+        return [test.y if lr == 1e-2 else 0 * test.y for test in tests]
+
+    monkeypatch.setattr(eval_glue, "finetune", learns_at)
+    main("--tasks", "RTE", "--finetune", "--seeds", "1", "--lr", "1e-2", "1e-3")
+    assert "(lr 0.01, at the upper edge of the grid: try --lr 0.01 0.03 0.1)" in capsys.readouterr().out
+    main("--tasks", "RTE", "--finetune", "--seeds", "1", "--lr", "1e-3", "1e-2", "1e-1")
+    assert "(lr 0.01)" in capsys.readouterr().out
+    rates.clear()
+    main("--tasks", "RTE", "--finetune", "--seeds", "2", "--lr", "1e-1")    # nothing to choose
+    assert "(lr 0.1)" in capsys.readouterr().out and rates == [1e-1] * 4
+
+
+def test_batch_size_is_the_number_of_examples_per_update(checkpoints, monkeypatch):
+    sizes = []
+    collate = eval_glue.collate
+    monkeypatch.setattr(eval_glue, "collate",
+                        lambda rows, *rest: (sizes.append(len(rows)), collate(rows, *rest))[1])
+    task, _ = eval_glue.tokenize(glue_data.load_task("RTE", "glue", False),
+                                 tokenizer.build_encoding({"name": "bytes"}), 24)
+    eval_glue.finetune(trained(False), task.train, [], 2, 256, "mean", 1e-3, 0,
+                       flags_of("--epochs", "2", "--batch_size", "50"))
+    assert sizes == [50, 50, 20] * 2
+
+# -----------------------------------------------------------------------------
+# Bad input
+
+@pytest.mark.parametrize("flags", [["--tasks", "SST-2"], ["--tasks", "RTE", "--layer", "9"],
+                                   ["--tasks", "RTE", "--layer", "-1"], ["--tasks", "RTE", "--layer", "x"],
                                    ["--tasks", "nonsense"], ["--tasks", "RTE", "--max_train", "-1"],
+                                   ["--tasks", "RTE", "--directions", "17"],
+                                   ["--tasks", "RTE", "--directions", "0"],
+                                   ["--tasks", "RTE", "--finetune", "--layer", "best"],
+                                   ["--tasks", "RTE", "--finetune", "--directions", "4"],
+                                   ["--tasks", "RTE", "--finetune", "--lr", "0"],
+                                   ["--tasks", "RTE", "--finetune", "--batch_size", "0"],
                                    ["--checkpoint", "nowhere"]])
-def test_bad_input_gets_one_line_and_exit_code_2(checkpoints, capsys, monkeypatch, flags):
-    monkeypatch.chdir(checkpoints)
+def test_bad_input_gets_one_line_and_exit_code_2(checkpoints, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         eval_glue.main(["--checkpoint", "ar", "--glue_dir", "glue", *flags])
-    assert stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].count("error: ") == 1
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].count("error: ") == 1

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,13 +23,15 @@ import torch
 import data
 import tokenizer
 import eval_ppl
-from common import save_checkpoint, save_config
+from common import load_checkpoint, save_checkpoint, save_config
 from model import Config, Transformer
+from objectives import OBJECTIVES, Options
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MASKED = {"objective": "mlm", "mask_ratio": 0.4, "mask_range": [0.15, 1.0]}
 TEXT = ("The quick brown fox  jumps\nover the lazy dog. Perplexit\u00e9s et \u4e2d\u6587 words, again and "
         "again.\n") * 8
+TEXT_NAME = "t-" + hashlib.sha256(TEXT.encode()).hexdigest()[:8]
 
 
 def tiny(causal, vocab_size=3, block_size=4):
@@ -47,14 +49,24 @@ def tiny(causal, vocab_size=3, block_size=4):
     return model
 
 
-def options(**given):
-    return SimpleNamespace(**{"method": "left-to-right", "suffix": "full", "samples": 8, "batch_size": 64,
-                              "prompt_lengths": None, **given})
-
-
 @torch.no_grad()
-def measure(model, x, train=MASKED, **given):
-    return eval_ppl.evaluate(model, torch.as_tensor(x), train, options(**given))
+def measure(model, x, train=MASKED, method="left-to-right", suffix="full", samples=8, batch_size=64,
+            prompt_lengths=None, field="nats"):
+    """Mean of a score (nats) over the tokens of every window: {"all": (n,), prompt length k: (n,)}."""
+    x = torch.as_tensor(x)
+    T = x.size(1)
+    most = OBJECTIVES[train["objective"]].most_masks(Options(block_size=T, **train))
+    if method == "left-to-right" and prompt_lengths is None:
+        prompt_lengths = eval_ppl.standard_lengths(T)
+    settings = eval_ppl.Settings(batch_size, samples, tuple(prompt_lengths or ()),
+                                 eval_ppl.masks_after_prompt(suffix, T, most))
+    measured = eval_ppl.evaluate(model, x, method, settings)
+    means = {}
+    for name, (scores, weights) in measured.items():
+        assert all(array.shape == x.shape for array in (*scores, weights))
+        key = name if name == "all" else int(name)
+        means[key] = (getattr(scores, field) * weights).sum(axis=1) / weights.sum(axis=1)
+    return means
 
 
 @torch.no_grad()
@@ -89,6 +101,7 @@ def test_causal_is_the_loop_over_prefixes():
     np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)
 
 
+@pytest.mark.exercise7
 @pytest.mark.parametrize("suffix, masks_after", [("full", lambda k: 9 - k), ("one", lambda k: 1),
                                                  ("matched", lambda k: min(9 - k, 4))])  # round(0.4 * 9) = 4
 def test_masked_left_to_right_is_the_loop_over_prompts(suffix, masks_after):
@@ -102,6 +115,7 @@ def test_masked_left_to_right_is_the_loop_over_prompts(suffix, masks_after):
     np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)  # samples >= T - 1: all lengths
 
 
+@pytest.mark.exercise7
 def test_matched_takes_the_masks_of_the_objective():
     """vlm was trained with up to mask_range[1] * T masks:
     with the default range `matched` is `full`, with less not.
@@ -116,6 +130,7 @@ def test_matched_takes_the_masks_of_the_objective():
     assert abs(narrow - full).min() > 1e-3
 
 
+@pytest.mark.exercise7
 @pytest.mark.parametrize("causal, suffix", [(True, "full"), (False, "full"), (False, "one"),
                                             (False, "matched")])
 def test_left_to_right_probabilities_of_all_texts_sum_to_one(causal, suffix):
@@ -156,6 +171,7 @@ def test_grid_is_even_and_complete():
             assert (grid == np.arange(S)).all()
 
 
+@pytest.mark.design
 def test_no_pass_is_done_twice_and_none_is_longer_than_needed():
     model = tiny(causal=False, vocab_size=7, block_size=9)
     seen, features = [], model.features
@@ -234,6 +250,46 @@ def test_batches_do_not_matter(given, monkeypatch):
         for key in want:
             np.testing.assert_allclose(got[key], want[key], rtol=1e-4, atol=1e-6)
 
+@pytest.mark.parametrize("given", [{"method": "pseudo"}, {"causal": True}, {"suffix": "one", "samples": 100}])
+def test_first_guess_is_right_where_the_text_is_the_likeliest(given):
+    given = dict(given)
+    model = tiny(causal := given.pop("causal", False), vocab_size=7, block_size=6)
+    x = random_text(20, model)
+    result = measure(model, x, field="right", **given)["all"]
+    def right(row, k):
+        inputs = (row[:k] + [7] + row[k + 1:] if "method" in given else
+                  row[:k] if causal else row[:k] + [7])
+        at = k - 1 if causal else k
+        guesses = [probability(model, inputs, at, token) for token in range(7)]
+        return guesses[row[k]] == max(guesses)
+    first = 0 if "method" in given else 1
+    want = [np.mean([right(row, k) for k in range(first, 6)]) for row in x.tolist()]
+    np.testing.assert_allclose(result, want)
+    assert 0 < np.mean(want) < 0.9
+
+
+@pytest.mark.parametrize("causal, suffix", [(True, "full"), (False, "full"), (False, "one"),
+                                            (False, "matched")])
+def test_context_is_the_loop_over_the_last_tokens(causal, suffix):
+    """The same tokens for every m, each after the m tokens before it only, as if the text began there."""
+    model = tiny(causal, vocab_size=7, block_size=12)
+    x = random_text(9, model)
+    masks = eval_ppl.masks_after_prompt(suffix, 12, most=5)
+    settings = eval_ppl.Settings(samples=3, batch_size=4, masks=masks)
+    with torch.no_grad():
+        measured = eval_ppl.by_context(model, x, [1, 2, 6], settings)
+    assert list(measured) == [1, 2, 6, "all"]
+    rows, places = measured["all"][1].nonzero()
+    assert len(rows) == 9 * 3 and places.min() >= 6 and len(set(places)) > 3
+    for m, (scores, weights) in measured.items():
+        assert (weights == measured["all"][1]).all() and set(weights.ravel()) == {0, 1}
+        for row, k in zip(rows, places):
+            seen = k if m == "all" else m
+            after = {"full": 12 - seen, "one": 1, "matched": min(12 - seen, 5)}[suffix]
+            inputs = x[row, k - seen:k].tolist() + ([] if causal else [7] * after)
+            p = probability(model, inputs, seen - 1 if causal else seen, x[row, k])
+            assert scores.nats[row, k] == pytest.approx(-math.log(p), rel=1e-4)
+
 # -----------------------------------------------------------------------------
 # Text, units
 
@@ -242,15 +298,83 @@ def bytes_encoding(folder):
     return tokenizer.load_tokenizer(str(folder))
 
 
+def text_of(streams, starts=None):
+    return eval_ppl.Text("t", "digest", streams, starts or [[] for _ in streams])
+
+
 def test_windows_cover_the_text_once_and_thin_out_evenly():
-    streams = [np.arange(100, 123), np.arange(200, 204), np.arange(300, 310)]
-    x = eval_ppl.cut_windows(streams, 5, 0, 99)
+    text = text_of([np.arange(100, 123), np.arange(200, 204), np.arange(300, 310)])
+    x = eval_ppl.cut_windows(text, 5, 0, 99).ids
     assert x[:, 1:].ravel().tolist() == [*range(100, 120), *range(300, 310)]
     assert x[:, 0].tolist() == [99, 104, 109, 114, 99, 304]
-    assert eval_ppl.cut_windows(streams, 5, 3, 99)[:, 1].tolist() == [105, 115, 305]
-    assert eval_ppl.cut_windows([np.arange(30, dtype=np.uint16)], 5, 1, 99).dtype == np.int64
+    assert eval_ppl.cut_windows(text, 5, 3, 99).ids[:, 1].tolist() == [105, 115, 305]
+    assert eval_ppl.cut_windows(text_of([np.arange(30, dtype=np.uint16)]), 5, 1, 99).ids.dtype == np.int64
     with pytest.raises(ValueError, match="4 tokens, less than one window of 5"):
-        eval_ppl.cut_windows(streams[1:2], 5, 0, 99)
+        eval_ppl.cut_windows(text_of([np.arange(200, 204)]), 5, 0, 99)
+
+
+def test_every_token_belongs_to_its_document():
+    """Also where windows cross from one document into the next,
+    and where a document goes on in the next stream.
+    """
+    text = text_of([np.arange(11), np.arange(10)], starts=[[3, 9], [2, 10]])
+    windows = eval_ppl.cut_windows(text, 5, 0, 99)
+    assert windows.document.tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 2], [2, 2, 3, 3, 3], [3, 3, 3, 3, 3]]
+    number, unit = eval_ppl.clusters(eval_ppl.cut_windows(text, 5, 2, 99).document)
+    assert number.tolist() == [[0, 0, 0, 0, 1], [2, 2, 2, 2, 2]] and unit == "documents"
+    number, unit = eval_ppl.clusters(np.full((3, 2), 7))                    # one document: its windows
+    assert number.tolist() == [[0, 0], [1, 1], [2, 2]] and unit == "windows"
+
+
+def test_articles_of_wikitext_begin_at_their_titles(tmp_path):
+    """At any tokenizer, with text of several bytes per character; sections are no articles."""
+    articles = [" = \u00c9tude = \n \n text = more \n = = Section = = \n = 3 ohm and R = \n a \n \n",
+                " = Second \u4e2d one = \n \n b \n \n", " = C = \n \n"]
+    spec = tokenizer.make_tokenizer("bpe:270", ["".join(articles) * 9])
+    for encoding in (tokenizer.build_encoding(spec), bytes_encoding(tmp_path)):
+        for before in ("", "No article.\n \n"):
+            ids = eval_ppl.encode(before + "".join(articles), encoding)
+            starts = eval_ppl.article_starts(before + "".join(articles), ids, encoding)
+            pieces = [encoding.decode(part.tolist()) for part in np.split(ids, starts)]
+            assert pieces == [before, *articles]
+    assert len(eval_ppl.article_starts("no = title = \n \n", ids[:1], encoding)) == 0
+
+
+def test_the_test_split_of_wikitext_has_its_articles(tmp_path):
+    """60, as its authors say. 62 lines look like titles, but two belong to formulas."""
+    path = Path(ROOT, "..", "shared", "data", "wikitext-2", "wiki.test.raw")
+    if not path.exists():
+        pytest.skip("needs WikiText-2")
+    text = eval_ppl.read_text(path)
+    encoding = bytes_encoding(tmp_path)
+    starts = eval_ppl.article_starts(text, np.frombuffer(text.encode(), np.uint8), encoding)
+    assert len(starts) == 60
+
+
+def test_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    encoding = tokenizer.build_encoding(tokenizer.make_tokenizer("bpe:300", [TEXT]))
+    whole = encoding.encode_ordinary(TEXT)
+    monkeypatch.setattr(eval_ppl.documents, "PIECE", 50)
+    asked = []
+    class Watched:
+        def encode_ordinary(self, text):
+            asked.append(len(text))
+            return encoding.encode_ordinary(text)
+    assert eval_ppl.encode(TEXT, Watched()).tolist() == whole
+    assert len(asked) > 5 and max(asked) <= 50
+
+
+def test_one_reader_for_text(tmp_path):
+    path = tmp_path / "my text.txt"
+    path.write_bytes(TEXT.encode("utf-8-sig"))
+    assert eval_ppl.read_text(path) == TEXT                                 # without the byte order mark
+    for encoding, name in [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("latin-1", "Latin-1")]:
+        path.write_bytes(TEXT.replace("\u4e2d\u6587", "").encode(encoding))
+        with pytest.raises(ValueError, match=name) as error:
+            eval_ppl.read_text(path)
+        hint = str(error.value).split("convert it: ")[1].replace("new.txt", f"{tmp_path}/new.txt")
+        subprocess.run(hint, shell=True, check=True)                        # works when typed in
+        assert (tmp_path / "new.txt").read_text() in (TEXT, TEXT.replace("\u4e2d\u6587", ""))
 
 
 def test_bytes_and_words_are_those_of_the_text(tmp_path):
@@ -258,25 +382,79 @@ def test_bytes_and_words_are_those_of_the_text(tmp_path):
     ids = encoding.encode_ordinary(TEXT)
     for T in (2, 7, 64):
         n = len(ids) // T
-        x = eval_ppl.cut_windows([np.array(ids)], T, 0, encoding.eot_token)
+        x = eval_ppl.cut_windows(text_of([np.array(ids)]), T, 0, encoding.eot_token).ids
         text = TEXT.encode()[:n * T]
-        assert eval_ppl.text_size(x, T, encoding) == (n * T, len(text.split()))
+        n_bytes, n_words = eval_ppl.token_sizes(x, encoding)
+        assert n_bytes.shape == n_words.shape == (n, T)
+        assert (n_bytes.sum(), n_words.sum()) == (n * T, len(text.split()))
     eot = encoding.eot_token
-    assert eval_ppl.text_size(np.array([[97, 97, eot, 97, 32, 97]]), 5, encoding) == (4, 2)     # a|a<eot>a a
+    n_bytes, n_words = eval_ppl.token_sizes(np.array([[97, 97, eot, 97, 32, 97]]), encoding)
+    assert n_bytes.tolist() == [[1, 0, 1, 1, 1]]                            # a|a<eot>a a
+    assert n_words.tolist() == [[0, 0, 1, 0, 1]]
+
+# -----------------------------------------------------------------------------
+# Standard errors
+
+def documents_of_all_sizes(n=400):
+    """nats, tokens, bytes and words of n documents: sizes differ a lot, and so do bytes per token."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 300, n).astype(float)
+    n_bytes = np.round(tokens * rng.uniform(1, 6, n))
+    nats = 0.7 * n_bytes + rng.normal(size=n) * tokens ** 0.5 + 0.2 * tokens * rng.normal(size=n)
+    return nats, tokens, n_bytes, np.ceil(n_bytes / 5)
+
+
+def test_standard_errors_are_those_of_a_bootstrap_over_documents():
+    nats, tokens, n_bytes, n_words = documents_of_all_sizes()
+    result = eval_ppl.summary(eval_ppl.Sums(nats, tokens / 3, tokens), n_bytes, n_words)
+    rng = np.random.default_rng(1)
+    again = rng.integers(len(nats), size=(4000, len(nats)))                 # documents, with replacement
+    total = {name: array[again].sum(axis=1) for name, array in
+             [("nats", nats), ("tokens", tokens), ("bytes", n_bytes), ("words", n_words)]}
+    want = {"nats_per_token": total["nats"] / total["tokens"],
+            "perplexity": np.exp(total["nats"] / total["tokens"]),
+            "bits_per_byte": total["nats"] / total["bytes"] / np.log(2),
+            "word_perplexity": np.exp(total["nats"] / total["words"])}
+    for name, resampled in want.items():
+        assert result[name + "_se"] == pytest.approx(resampled.std(), rel=0.1), name
+    # bytes per token are no constant: with the mean of them the error would be another
+    constant = result["nats_per_token_se"] / math.log(2) * tokens.sum() / n_bytes.sum()
+    assert result["bits_per_byte_se"] < 0.7 * constant
+
+
+def test_ratio_on_a_toy():
+    """Three documents by hand. A fourth without any token does not count; one cluster has no error."""
+    r, se = eval_ppl.ratio(np.array([2.0, 4.0, 0.0, 6.0]), np.array([1.0, 4.0, 0.0, 3.0]))
+    assert r == 1.5                                                         # 12 / 8
+    assert se == pytest.approx(np.std([0.5, -2, 1.5], ddof=1) / 3 ** 0.5 / (8 / 3))
+    assert math.isnan(eval_ppl.ratio(np.array([2.0]), np.array([1.0]))[1])
+    equal = np.array([1.0, 2.0, 4.0])                                       # equal sizes: std / sqrt(n)
+    assert eval_ppl.ratio(equal * 10, np.full(3, 10.0))[1] == pytest.approx(equal.std(ddof=1) / 3 ** 0.5)
 
 
 def test_summary_in_all_units():
-    loss = np.array([1.0, 2.0, 4.0])
-    r = eval_ppl.summary(loss, per_byte=0.25, per_word=1.5)
-    mean, se = 7 / 3, np.std(loss, ddof=1) / 3 ** 0.5
+    nats, tokens = np.array([4.0, 8.0, 16.0]), np.full(3, 4.0)
+    sums = eval_ppl.Sums(nats, np.array([1.0, 0.0, 2.0]), tokens)
+    r = eval_ppl.summary(sums, 4 * tokens, np.full(3, 2.0))
+    mean, se = 7 / 3, np.std(nats / 4, ddof=1) / 3 ** 0.5
     assert r["nats_per_token"] == pytest.approx(mean) and r["nats_per_token_se"] == pytest.approx(se)
     assert r["perplexity"] == pytest.approx(math.exp(mean))
     assert r["perplexity_se"] == pytest.approx(math.exp(mean) * se)
+    assert r["first_guess_right"] == 0.25
     assert r["bits_per_byte"] == pytest.approx(mean / math.log(2) / 4)
     assert r["bits_per_byte_se"] == pytest.approx(se / math.log(2) / 4)
-    assert r["word_perplexity"] == pytest.approx(math.exp(1.5 * mean))
-    assert r["word_perplexity_se"] == pytest.approx(math.exp(1.5 * mean) * 1.5 * se)
-    assert eval_ppl.summary(loss[:1], 1, 1)["perplexity_se"] is None
+    assert r["word_perplexity"] == pytest.approx(math.exp(2 * mean))
+    assert r["word_perplexity_se"] == pytest.approx(math.exp(2 * mean) * 2 * se)
+    assert not {"bits_per_byte", "word_perplexity"} & set(eval_ppl.summary(sums))
+    one = eval_ppl.summary(eval_ppl.Sums(nats[:1], nats[:1], tokens[:1]))
+    assert one["perplexity_se"] is None
+
+
+def test_text_without_spaces_has_no_word_perplexity():
+    sums = eval_ppl.Sums(np.full(3, 500.0), np.zeros(3), np.full(3, 200.0))
+    r = eval_ppl.summary(sums, np.full(3, 600.0), np.array([1.0, 0.0, 0.0]))
+    assert "word_perplexity" not in r and eval_ppl.cell(r, "word_perplexity") == "-"
+    assert r["bits_per_byte"] == pytest.approx(500 / 600 / math.log(2))
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -310,19 +488,26 @@ def test_run_as_a_script(work):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""                                    # the progress bar is for terminals only
     lines = done.stdout.splitlines()
-    assert "dar: of the next 2, scored as if it were the next one" in lines[0]
+    assert "trained on one of the next 2 tokens, scored as if it were the next one" in lines[0]
     assert "masks up to block_size" in lines[1]
     table = lines[next(i for i, line in enumerate(lines) if line.split() == ["dar", "mlm"]):]
     assert [line.split()[2] for line in table[1:7]] == ["1", "2", "4", "8", "16", "31"]
     for name, column in [("dar", 0), ("mlm", 1)]:
-        with open(f"out/{name}/eval_ppl_t_left-to-right.json") as file:
+        with open(f"out/{name}/eval_ppl_{TEXT_NAME}_left-to-right.json") as file:
             report = json.load(file)
         assert report["command"] == "python " + " ".join(command)
-        assert ((report["step"], report["windows"], report["tokens"], report["bytes"])
-                == (7, 6, 6 * 31, 6 * 31))
+        assert (report["step"], report["windows"], report["clusters"]) == (7, 6, "windows")
+        assert sum(report["tokens"]["all"]) == pytest.approx(6 * 31)
+        assert sum(report["documents"]["bytes"]) == 6 * 31
+        assert report["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+        assert report["weights"] == load_checkpoint(f"out/{name}")[1]["weights"]
         r = report["all"]
         assert r["nats_per_token"] == pytest.approx(math.log(257), abs=0.3)  # untrained: near uniform
-        assert r["bits_per_byte"] == pytest.approx(r["nats_per_token"] / math.log(2))
+        if name == "mlm":
+            assert r["bits_per_byte"] == pytest.approx(r["nats_per_token"] / math.log(2))
+        else:                                                   # a mixture over 2 tokens is no code
+            assert "bits_per_byte" not in r and "word_perplexity" not in r
+        assert "bits_per_byte" not in report["prompt_lengths"]["8"]
         assert set(report["prompt_lengths"]) == {"1", "2", "4", "8", "16", "31"}
         cell = table[1].split("after 1")[1].split("  ")
         assert f"{report['prompt_lengths']['1']['perplexity']:.1f}" in [c for c in cell if c.strip()][column]
@@ -337,13 +522,17 @@ def test_causal_models_are_refused_in_one_line(work, capsys, method):
             and err.count("\n") == 1)
     assert not [name for name in os.listdir("out/mlm") if name.startswith("eval")]
     eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--method", method, "--max_windows", "2"])
-    assert os.path.exists(f"out/mlm/eval_ppl_t_{method}.json")
+    assert os.path.exists(f"out/mlm/eval_ppl_{TEXT_NAME}_{method}.json")
     assert ("NOT a likelihood" in capsys.readouterr().out) == (method == "pseudo")
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--text", "none.txt"], "none.txt"),
     (["--text", "latin.txt"], "latin.txt is not UTF-8 text: byte 3"),
+    (["--text", "t.txt", "--context", "0"], "at least 1"),
+    (["--text", "t.txt", "--context", "32"], "must fit into block_size 32"),
+    (["--text", "t.txt", "--method", "pseudo", "--context", "2"], "--context does not apply"),
+    (["--text", "t.txt", "--max_windows", "-1"], "max_windows must be"),
     (["--text", "short.txt"], "less than one window of 32"),
     (["--text", "t.txt", "--prompt_lengths", "4", "32"], "must fit into block_size 32"),
     (["--text", "t.txt", "--prompt_lengths", "0"], "at least 1"),
@@ -378,12 +567,161 @@ def test_val_is_the_validation_split(work, capsys):
     _, splits = data.load("toy", "sets")
     rows = np.concatenate([np.asarray(ids)[:len(ids) // 32 * 32].reshape(-1, 32) for ids in splits["val"]])
     assert report["windows"] == len(rows) > 3
-    assert report["bytes"] == (rows[:, 1:] != 256).sum()
+    assert sum(report["documents"]["bytes"]) == (rows[:, 1:] != 256).sum()
+    assert report["clusters"] == "documents"
+    ended = np.concatenate([[False], rows.ravel()[:-1] == 256])              # after end-of-text
+    number = np.unique(ended.cumsum(), return_inverse=True)[1].reshape(rows.shape)
+    sizes = [int((rows[:, 1:] != 256)[number[:, 1:] == i].sum()) for i in range(number.max() + 1)]
+    assert report["documents"]["bytes"] == sizes and len(sizes) > 5
+    nats, tokens = np.array(report["nats"]["all"]), np.array(report["tokens"]["all"])
+    assert len(nats) == len(tokens) == len(sizes) == len(report["nats"]["4"])
+    mean, se = eval_ppl.ratio(nats, tokens)
+    assert (report["all"]["nats_per_token"], report["all"]["nats_per_token_se"]) == pytest.approx((mean, se))
+    assert sum(report["tokens"]["4"]) == sum(report["documents"]["windows"]) == len(rows)
     capsys.readouterr()
     tokenizer.save_tokenizer("gpt2", "sets/toy")
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/vlm", "--val"])
-    assert "has another tokenizer" in capsys.readouterr().err
+    assert "prepared again after training" in capsys.readouterr().err
+
+
+def report_of(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_texts_of_one_name_do_not_share_a_file(work, capsys):
+    for folder, text in [("A", TEXT), ("B", TEXT.upper())]:
+        os.makedirs(folder)
+        Path(folder, "t.txt").write_text(text)
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", f"{folder}/t.txt", "--max_windows", "3"])
+    paths = [name for name in os.listdir("out/mlm") if name.startswith("eval")]
+    assert len(paths) == 2 and f"eval_ppl_{TEXT_NAME}_left-to-right.json" in paths
+
+
+def test_results_go_elsewhere_or_are_shown_only(work, capsys):
+    """A checkpoint that one may only read: its results are on the screen, and a line says the rest."""
+    command = ["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3"]
+    name = f"eval_ppl_{TEXT_NAME}_left-to-right.json"
+    os.makedirs(f"out/mlm/{name}.tmp")                                      # so it cannot be written
+    eval_ppl.main(command)
+    out, err = capsys.readouterr()
+    assert "all: perplexity" in out and "mlm  " in out
+    assert err.count("\n") == 1 and f"not saved: out/mlm/{name}" in err and "--results" in err
+    assert os.path.exists(f"out/dar/{name}")
+    os.remove(f"out/dar/{name}")
+    eval_ppl.main([*command, "--results", "elsewhere"])
+    assert capsys.readouterr().err == ""
+    assert report_of(f"elsewhere/mlm/{name}")["weights"] == load_checkpoint("out/mlm")[1]["weights"]
+    assert not os.path.exists(f"out/dar/{name}") and os.path.exists(f"elsewhere/dar/{name}")
+
+
+@pytest.mark.parametrize("error, code", [(ValueError("broken"), 2), (KeyboardInterrupt(), 130)])
+def test_nothing_is_lost_when_a_later_checkpoint_fails(work, capsys, monkeypatch, error, code):
+    measure_one, done = eval_ppl.measure, []
+    def fail_the_second_time(*args):
+        if done:
+            raise error
+        done.append(measure_one(*args))
+        return done[0]
+    monkeypatch.setattr(eval_ppl, "measure", fail_the_second_time)
+    with pytest.raises(SystemExit) as stop:
+        eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == code and err.count("\n") == 1
+    assert f"{done[0]['all']['perplexity']:.1f}" in out.split("all: perplexity")[1]
+    assert os.path.exists(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+
+
+def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
+    """The unigram model of the training tokens on the tokens that are scored, and what is not better."""
+    counts = np.bincount(np.frombuffer(TEXT.encode(), np.uint8), minlength=257)
+    np.save("out/mlm/unigram.npy", counts)
+    eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "0"])
+    out = capsys.readouterr().out
+    log_p = np.log((counts + 1) / (counts + 1).sum())
+    report = report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+    n = report["windows"]
+    rows = np.frombuffer(TEXT.encode(), np.uint8)[:n * 32].reshape(n, 32)
+    scored = 1 + eval_ppl.grid(n, 8, 31)
+    want = -log_p[np.take_along_axis(rows, scored, axis=1)].mean()
+    assert report["unigram"]["nats_per_token"] == pytest.approx(want)
+    assert report["unigram"]["perplexity"] == pytest.approx(math.exp(want))
+    row = next(line for line in out.splitlines() if line.startswith("word frequencies alone"))
+    assert row.split()[3:] == [f"{math.exp(want):.2f}", "-"]
+    assert "out/mlm has learned no context yet" in out and "out/dar has learned" not in out
+    assert "no unigram.npy" in out.splitlines()[1] and "no unigram.npy" not in out.splitlines()[0]
+    assert report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["unigram"] is None
+
+    np.save("out/mlm/unigram.npy", counts[:-1])
+    with pytest.raises(SystemExit):
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt"])
+    assert "does not belong to this model's vocabulary" in capsys.readouterr().err
+
+
+def test_a_model_that_beats_word_frequencies_is_not_called_ignorant(capsys):
+    r = {"checkpoint": "a", "method": "m", "text": "t", "clusters": "windows", "tokens": {"all": [1]},
+         "all": {"perplexity": 94.0}, "unigram": {"perplexity": 100.0}, "prompt_lengths": {}, "context": {},
+         "block_size": 4, "windows": 1, "documents": {"bytes": [1]}}
+    eval_ppl.show([r])
+    assert "learned no context" not in capsys.readouterr().out
+    eval_ppl.show([r | {"all": {"perplexity": 97.0}}])
+    assert "a has learned no context yet" in capsys.readouterr().out
+
+
+def test_bits_per_byte_only_where_there_is_a_code(work, capsys):
+    checkpoint("out/ar", causal=True, objective="ar")
+    for method, has in [("left-to-right", True), ("bound", True), ("confidence", True), ("pseudo", False)]:
+        names = ["out/mlm", "out/ar"] if method == "left-to-right" else ["out/mlm"]
+        eval_ppl.main(["--checkpoint", *names, "--text", "t.txt", "--method", method, "--max_windows", "2"])
+        assert ("Published ones differ" in capsys.readouterr().out) == has
+        for name in names:
+            result = report_of(f"{name}/eval_ppl_{TEXT_NAME}_{method}.json")["all"]
+            assert ("bits_per_byte" in result) == ("word_perplexity" in result) == has
+    eval_ppl.main(["--checkpoint", "out/dar", "--text", "t.txt", "--max_windows", "2"])
+    result = report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["all"]
+    assert "bits_per_byte" not in result and "Published ones differ" not in capsys.readouterr().out
+
+
+def test_context_on_the_command_line(work, capsys):
+    eval_ppl.main(["--checkpoint", "out/dar", "out/mlm", "--text", "t.txt", "--max_windows", "4",
+                   "--context", "2", "8"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(tuple("0123456789"))]
+    assert [line.split("  ")[0] for line in lines if line.startswith("nats per token,")] == [
+        f"nats per token, {what} visible" for what in ("only last 2", "only last 8", "whole prompt")]
+    report = report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+    assert set(report["context"]) == {"2", "8", "all"}
+    assert sum(report["tokens"]["context 2"]) == 4 * 8
+    assert report["context"]["8"]["nats_per_token"] == pytest.approx(
+        sum(report["nats"]["context 8"]) / 32)
+
+
+def test_a_fifth_definition_is_one_entry(work, capsys, monkeypatch):
+    def double(model, x, settings):
+        scores, weights = eval_ppl.pseudo(model, x, settings)
+        return scores._replace(nats=2 * scores.nats), weights
+    monkeypatch.setitem(eval_ppl.METHODS, "double", eval_ppl.Method(double, 3, "twice pseudo"))
+    for method in ("double", "pseudo"):
+        eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--method", method, "--max_windows", "3"])
+    assert "twice pseudo" in capsys.readouterr().out
+    double, single = [report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_{method}.json")["all"]["nats_per_token"]
+                      for method in ("double", "pseudo")]
+    assert double == pytest.approx(2 * single)
+
+
+def test_matched_masks_are_those_of_the_objectives_record(work, capsys, monkeypatch):
+    """Of any objective in the table, with the flags of its training. No name is tested."""
+    record = OBJECTIVES["mlm"]._replace(most_masks=lambda options: options.lookahead + options.block_size // 8)
+    monkeypatch.setitem(OBJECTIVES, "fifth", record)
+    checkpoint("out/fifth", objective="fifth", lookahead=1)
+    loaded = eval_ppl.load("out/fifth", argparse_like(work))
+    assert loaded.most_masks == 5
+    eval_ppl.main(["--checkpoint", "out/fifth", "--text", "t.txt", "--suffix", "matched", "--max_windows", "3"])
+    source = Path(ROOT, "eval_ppl.py").read_text().split('"""', 2)[2]
+    assert not [name for name in ("ar", "dar", "mlm", "vlm") if f'"{name}"' in source]
+
+
+def argparse_like(folder):
+    return eval_ppl.build_parser().parse_args(["--checkpoint", str(folder), "--device", "cpu"])
 
 
 def test_suffixes_do_not_overwrite_each_other(work, capsys):
@@ -391,7 +729,7 @@ def test_suffixes_do_not_overwrite_each_other(work, capsys):
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--suffix", suffix,
                        "--max_windows", "3"])
     names = {name for name in os.listdir("out/mlm") if name.startswith("eval")}
-    assert names == {f"eval_ppl_t_left-to-right{ending}.json" for ending in ("", "-one", "-matched")}
+    assert names == {f"eval_ppl_{TEXT_NAME}_left-to-right{ending}.json" for ending in ("", "-one", "-matched")}
 
 
 def test_plot(work, capsys):

@@ -3,6 +3,7 @@ sample.py against explicit loops, enumerated probabilities, and its command line
 
     pytest tests/test_sample.py
 """
+import io
 import itertools
 import os
 import re
@@ -16,10 +17,11 @@ import tokenizer
 import sample
 from common import load_checkpoint, save_checkpoint, save_config
 from model import Config, Transformer
-from sample import draw, fill, generate, infill_ids
+from sample import draw, encode_beginning, fill, generate, infill_ids
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROMPT = [3, 1, 4, 1, 5]
+VARIED = [7, 20, 33, 46, 8]               # a masked toy model continues it with several tokens
 
 
 def tiny(causal, vocab_size=50, block_size=16):
@@ -116,23 +118,23 @@ def test_prompt_may_fill_the_window():
 @pytest.mark.parametrize("steps, shares", [(None, 10 * [1]), (4, [3, 2, 3, 2]), (1, [10]), (99, 10 * [1])])
 def test_left_to_right(steps, shares):
     model = tiny(causal=False)
-    ids = PROMPT + 10 * [model.config.mask_token]
-    k = len(PROMPT)
+    ids = VARIED + 11 * [model.config.mask_token]           # masks up to block_size, the first 10 are filled
+    k = len(VARIED)
     for share in shares:
         p = probabilities(model, ids)
         for _ in range(share):
             ids[k] = int(p[k].argmax())
             k += 1
-    assert len(set(ids[5:])) > 2 or steps == 1
+    assert len(set(ids[5:15])) > 2 or steps == 1
     lengths = count_passes(model)
-    assert generate(model, PROMPT, 10, temperature=0, steps=steps) == ids
-    assert lengths == len(shares) * [15]
+    assert generate(model, VARIED, 10, temperature=0, steps=steps) == ids[:15]
+    assert lengths == len(shares) * [16]
 
 
 @pytest.mark.parametrize("steps, shares", [(None, 10 * [1]), (4, [3, 2, 3, 2])])
 def test_most_confident_first(steps, shares):
     model = tiny(causal=False)
-    ids, order = PROMPT + 10 * [model.config.mask_token], []
+    ids, order = VARIED + 11 * [model.config.mask_token], []
     for share in shares:
         p = probabilities(model, ids)
         masked = [k for k in range(15) if ids[k] == model.config.mask_token]
@@ -140,26 +142,51 @@ def test_most_confident_first(steps, shares):
             ids[k] = int(p[k].argmax())
             order.append(k)
     assert order != sorted(order)                   # else it would be the same as left to right
-    assert generate(model, PROMPT, 10, temperature=0, order="confidence", steps=steps) == ids
-    assert generate(model, PROMPT, 10, temperature=0, steps=steps) != ids
+    assert generate(model, VARIED, 10, temperature=0, order="confidence", steps=steps) == ids[:15]
+    assert generate(model, VARIED, 10, temperature=0, steps=steps) != ids[:15]
+
+
+def test_few_new_tokens_see_masks_up_to_block_size():
+    """As in training and evaluation: the first of 2 new tokens is what it is with 11 of them."""
+    model = tiny(causal=False)
+    seen, features = [], model.features
+    def watched(inputs, **kwargs):
+        seen.append(inputs[0].tolist())
+        return features(inputs, **kwargs)
+    model.features = watched
+    short = generate(model, PROMPT, 2, temperature=0)
+    assert seen[0] == PROMPT + 11 * [model.config.mask_token]
+    assert seen[1] == short[:6] + 10 * [model.config.mask_token]
+    assert short == generate(model, PROMPT, 11, temperature=0)[:7]
+
+
+def test_fill_may_leave_the_later_masks():
+    model = tiny(causal=False)
+    mask = model.config.mask_token
+    ids = [3, mask, 1, mask, mask, 5, mask]
+    for order in ("left", "confidence"):
+        filled = fill(model, ids, draw, order, n=2)
+        assert [k for k in range(7) if filled[k] == mask] == [4, 6]
+        assert [filled[k] for k in (0, 2, 5)] == [3, 1, 5]
+        assert mask not in fill(model, ids, draw, order)
 
 
 def test_long_text_slides():
     model = tiny(causal=False)
     mask = model.config.mask_token
     ids = list(PROMPT)
-    for context, masks in [(5, 11), (8, 8), (8, 8), (8, 3)]:        # windows of at most 16; 30 new tokens
-        window = ids[-context:] + masks * [mask]
-        for k in range(context, context + masks):
+    for context, new in [(5, 11), (8, 8), (8, 8), (8, 3)]:              # windows of 16; 30 new tokens
+        window = ids[-context:] + (16 - context) * [mask]
+        for k in range(context, context + new):
             window[k] = int(probabilities(model, window)[k].argmax())
-        ids += window[context:]
+        ids += window[context:context + new]
     assert generate(model, PROMPT, 30, temperature=0) == ids
     lengths = count_passes(model)
     assert len(generate(model, PROMPT, 30, steps=10)) == 35
-    assert lengths == 4 * [16] + 3 * [16] + 2 * [16] + [11]         # 10 passes shared as 11 : 8 : 8 : 3
+    assert lengths == 10 * [16]                             # shared as 11 : 8 : 8 : 3
     lengths.clear()
     assert len(generate(model, PROMPT, 30, steps=1)) == 35                  # a window takes one pass at least
-    assert lengths == [16, 16, 16, 11]
+    assert lengths == 4 * [16]
 
 # -----------------------------------------------------------------------------
 # Whole texts
@@ -171,13 +198,13 @@ def distribution(model, order, steps):
         if model.config.causal:
             p[a, b] = probabilities(model, [0])[0, a] * probabilities(model, [0, a])[1, b]
             continue
-        first = probabilities(model, [0, mask, mask])
+        first = probabilities(model, [0, mask, mask, mask])
         if steps == 1:
             p[a, b] = first[1, a] * first[2, b]
         elif order == "confidence" and first[2].max() > first[1].max():
-            p[a, b] = first[2, b] * probabilities(model, [0, mask, b])[1, a]
+            p[a, b] = first[2, b] * probabilities(model, [0, mask, b, mask])[1, a]
         else:
-            p[a, b] = first[1, a] * probabilities(model, [0, a, mask])[2, b]
+            p[a, b] = first[1, a] * probabilities(model, [0, a, mask, mask])[2, b]
     return p.flatten()
 
 
@@ -215,6 +242,132 @@ def test_randomness(causal):
     assert run(0, temperature=0) == run(1, temperature=0)
     assert run(0, temperature=0) == run(2, top_k=1) == run(3, top_k=1, temperature=3.0)
     assert run(0)[:5] == PROMPT and len(run(0)) == 35
+
+# -----------------------------------------------------------------------------
+# Prompts
+
+def code_tokenizer():
+    with open(sample.__file__) as file:
+        return tokenizer.make_tokenizer("bpe:400", [file.read() + "x\n\n\n\ny" * 99])
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A vocabulary in which words bring the space before them."""
+    return tokenizer.build_encoding(code_tokenizer())
+
+
+@pytest.mark.parametrize("prompt, rest", [
+    ("def ", "get(x)"), ("def", " get(x)"), ("if x:\n    ", "return"), ("if x:\n", "return"),
+    ("return x\n\n\n", "def"), ("x):\n\t", "return"), ("x  ", "# end"), ("def get(", "x)"), (" ", "def")])
+def test_a_prompt_has_the_tokens_that_it_has_in_a_text(words, prompt, rest):
+    """Where white space ends the prompt: its tokens are the beginning of those of prompt + rest."""
+    ids = encode_beginning(prompt, words)
+    whole = words.encode_ordinary(prompt + rest)
+    assert ids == whole[:len(ids)]
+    begun = words.decode(ids)
+    assert prompt in (begun, begun + " ")
+    assert ids == encode_beginning("def", words) if prompt == "def " else True
+
+
+def test_the_text_before_a_gap_too(words):
+    config = Config(words.n_vocab, 64)
+    mask = config.mask_token
+    ids = infill_ids("def ____(x): ____", words, config, 1)
+    assert ids == [*words.encode_ordinary("def"), mask, *words.encode_ordinary("(x):"), mask]
+    assert ids == infill_ids("def____(x):____", words, config, 1)
+    assert infill_ids("def ____ ", words, config, 1)[-1:] == words.encode_ordinary(" ")     # no gap after it
+
+
+def test_a_vocabulary_of_bytes_keeps_the_space(tmp_path):
+    """There a word does not bring its space."""
+    tokenizer.save_tokenizer("bytes", tmp_path)
+    encoding = tokenizer.load_tokenizer(tmp_path)
+    assert encode_beginning("def ", encoding) == list(b"def ")
+
+
+def test_a_space_at_the_end_of_the_prompt_does_not_matter(tmp_path, words, capsys):
+    """On the command line, for causal and masked models."""
+    for causal in (True, False):
+        folder = tmp_path / str(causal)
+        os.makedirs(folder)
+        tokenizer.save_tokenizer(code_tokenizer(), folder)
+        model = tiny(causal, vocab_size=400, block_size=32)
+        save_checkpoint(folder, model, [], step=1)
+        save_config(folder, model.config)
+        flags = ["--checkpoint", folder, "--max_new_tokens", 8]
+        assert text_of(capsys, *flags, "--prompt", "def ") == text_of(capsys, *flags, "--prompt", "def")
+
+# -----------------------------------------------------------------------------
+# --watch
+
+class Terminal(io.StringIO):
+    """A screen of 20 columns and 5 rows that knows "up N rows" and "clear from here"."""
+    def __init__(self):
+        super().__init__()
+        self.rows, self.row, self.screens = [""], 0, []
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        for up, rest in re.findall(r"(?:\x1b\[(\d+)A\r\x1b\[J)?([^\x1b]*)", text):
+            if up:
+                self.row -= int(up)
+                assert self.row >= 0 and len(self.rows) - 1 - self.row <= 4, "beyond the screen's top"
+                self.rows = [*self.rows[:self.row], ""]
+            for line in rest.split("\n")[:-1]:
+                assert len(line) <= 20
+                self.rows[self.row:] = [line, ""]
+                self.row += 1
+        if text:
+            self.screens.append(self.rows[:-1])
+
+
+def test_watch_prints_in_place_on_a_terminal(monkeypatch):
+    monkeypatch.setattr(sample.shutil, "get_terminal_size", lambda: os.terminal_size((20, 5)))
+    monkeypatch.setattr(sample.time, "sleep", lambda seconds: None)
+    terminal = Terminal()
+    show = sample.show_passes(terminal)
+    show("a _")
+    show("a b\nc _")
+    assert terminal.screens == [["a _"], ["a b", "c _"]]
+    show(25 * "x" + "\n\nend")                               # wrapped by us, not by the terminal
+    assert terminal.rows[:-1] == [20 * "x", 5 * "x", "", "end"]
+    show("\n".join("1234567"))                               # taller than the screen: its end
+    assert terminal.rows[:-1] == ["4", "5", "6", "7"]
+    show("")
+    assert terminal.rows == [""]
+
+
+@pytest.mark.parametrize("order, steps", [("left", None), ("confidence", 4)])
+def test_watch_is_one_line_per_pass_elsewhere(checkpoints, capsys, order, steps):
+    """Masks are shown as _, of the tokens that will be printed only, and the sample is the same."""
+    flags = ["--checkpoint", checkpoints / "vlm", "--prompt", "x = ", "--max_new_tokens", 6, "--order", order]
+    flags += ["--steps", steps] if steps else []
+    plain = text_of(capsys, *flags)
+    lines = text_of(capsys, *flags, "--watch")
+    assert lines.endswith(plain)
+    passes = lines[:-len(plain)].split("\n")[:-1]
+    assert passes[0] == "x = ______" and len(passes) == 1 + (steps or 6)
+    encoding = tokenizer.load_tokenizer(checkpoints / "vlm")
+    model, _ = load_checkpoint(checkpoints / "vlm")
+    seen = []
+    generate(model, encoding.encode_ordinary("x = "), 6, 0.8, None, order, steps,
+             torch.Generator().manual_seed(0), seen.append)
+    masks = [ids.count(model.config.mask_token) for ids in seen]
+    assert masks == ([6, 5, 4, 3, 2, 1, 0] if steps is None else [6, 4, 3, 1, 0])
+    shown = [sample.text_so_far(ids, encoding, model.config.mask_token) for ids in seen]
+    assert passes == [text.replace("\n", "\\n") for text in shown]
+
+
+def test_watch_a_causal_model_and_gaps(checkpoints, capsys):
+    flags = ["--checkpoint", checkpoints / "ar", "--max_new_tokens", 5, "--watch"]
+    out = text_of(capsys, *flags)
+    assert out.count("\n") >= 6 and "<|endoftext|>" not in out.split("\n")[0]
+    out = text_of(capsys, "--checkpoint", checkpoints / "vlm", "--infill", "a____b____c", "--watch")
+    assert out.startswith("a_b_c\n")
+    assert sample.text_so_far([97, 257, 195], tokenizer.load_tokenizer(checkpoints / "vlm"), 257) == "a_\ufffd"
 
 # -----------------------------------------------------------------------------
 # Command line

@@ -1,0 +1,276 @@
+"""
+The singular values that a trained model believes in: cooccurrence.py's measurement on real text.
+
+The theory is about A[c, y] = P(context c, target y) of an objective, and the singular values of
+N = D1^-1/2 A D2^-1/2. Real contexts never repeat, so A cannot be counted. But a trained model has an
+opinion of it. Draw n contexts from held-out text as the objective does in training, and let P(y|c) be
+what the model predicts there, p(y) the mean of it. Then
+
+    N[c, y] = P(y|c) / sqrt(n p(y)),    1 = s_1 >= s_2 >= ...,    chi2 = sum of s_i^2 beyond s_1
+
+are those of the model's own joint distribution. Two things to know when reading them:
+
+- A model that has learned little has small singular values for the wrong reason: it predicts p(y)
+  everywhere, and chi2 is 0. So compare models along their training (several checkpoints of a run) or
+  at equal validation loss, which is printed beside.
+- chi2 of n contexts is too small on average (one context: 0), for large n by a constant over n. So it
+  is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). That is still too small
+  while the differences from n/4 to n/2 to n do not halve.
+
+    python spectrum.py --checkpoint out/ar out/dar out/mlm out/vlm
+    python spectrum.py --checkpoint out/ar out/vlm --contexts 32768 --plot spectrum.png
+    python spectrum.py --checkpoint out/vlm --features      # and of what probes read
+
+Also written to CHECKPOINT/spectrum.json.
+"""
+import argparse
+import math
+import os
+import shlex
+import sys
+from dataclasses import fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cooccurrence
+import data
+from common import (DataError, Help, add_device_flags, align, file_sha256, load_checkpoint,
+                    one_line_errors, pick_device, pick_dtype, result_path, write_result)
+from objectives import OBJECTIVES, Draw, Options, window_size
+
+# -----------------------------------------------------------------------------
+# From predictions to singular values
+
+def normalize(P, weights):
+    """N[c, y] = sqrt(w_c) P(y|c) / sqrt(p(y)), p = sum of w_c P(.|c).
+
+    P (n, V) float64: each row a distribution. weights (n,): of the contexts, in any unit (1/n each, to
+    get the definition above).
+    """
+    p = weights @ P                                                         # (V,)
+    return np.sqrt(weights)[:, None] * P * cooccurrence.inverse_sqrt(p)
+
+
+def singular_values(P, weights):
+    """s (V,), falling, of `normalize(P, weights)`. They are exact if P holds every context once."""
+    N = normalize(P, weights)
+    n, V = N.shape
+    gram = N @ N.T if n < V else N.T @ N
+    squares = np.linalg.eigvalsh(gram)[::-1]
+    return np.pad(np.sqrt(np.clip(squares, 0, None)), (0, V - len(squares)))
+
+
+def chi2(P, weights, parts=1):
+    """Sum of s_i^2 beyond s_1, mean over equal parts of the contexts: 2 is what n/2 contexts give."""
+    values = []
+    for rows in np.array_split(np.arange(len(P)), parts):
+        N = normalize(P[rows], weights[rows])
+        values.append((N ** 2).sum() - 1)
+    return np.mean(values)
+
+
+def effective_rank(X):
+    """exp(entropy of s_i^2 / sum of s^2) of the centred features X (n, C), in 1..C, and s (C,).
+
+    It is k for features that vary equally in k directions, and nowhere else.
+    """
+    s = np.linalg.svd(X - X.mean(0), compute_uv=False) / math.sqrt(len(X))
+    share = s ** 2 / (s ** 2).sum()
+    share = share[share > 0]
+    return math.exp(-(share * np.log(share)).sum()), s
+
+# -----------------------------------------------------------------------------
+# From a trained model to predictions
+
+class Contexts(NamedTuple):
+    inputs: np.ndarray                  # (B, T) int64, as the objective shows them
+    position: np.ndarray                # (B,) int64, the scored position
+    targets: np.ndarray                 # (B, K) int64
+    weights: np.ndarray                 # (B,) float64: how often the objective scores such a sequence
+    text: np.ndarray                    # (B, T) int64, nothing masked
+
+
+def sample_contexts(shards, options, indices, seed):
+    """One context per sequence, distributed with its weight as the objective's scored positions are.
+
+    One, as those of a sequence depend on each other. Within the sequence a position is drawn by its
+    weight in the loss, and the sequence counts as much as all of its scored positions: in `vlm` with
+    normalization "tokens", one with more masks counts more.
+    """
+    draw = Draw(seed, 0, indices)
+    x = data.windows(shards, window_size(options), draw.per_sequence(1)[:, 0])      # (B, T + extra)
+    batch = OBJECTIVES[options.objective].batch(x, draw, options)
+    B, T = batch.inputs.shape
+
+    # The weight of each position, and its row in the batch
+    weight, row = np.zeros(B * T), np.zeros(B * T, dtype=np.int64)
+    weight[batch.positions] = batch.weights
+    row[batch.positions] = np.arange(len(batch.positions))
+    weight, row = weight.reshape(B, T), row.reshape(B, T)
+
+    # Draw one position of each sequence
+    total = weight.sum(axis=1)                                                      # (B,)
+    below = draw.per_sequence(1) * total[:, None]                                   # (B, 1)
+    position = (weight.cumsum(axis=1) > below).argmax(axis=1)                       # (B,)
+    targets = batch.targets[row[np.arange(B), position]]                            # (B, K)
+    return Contexts(batch.inputs, position, targets, total, x[:, :T])
+
+
+@torch.no_grad()
+def predict(model, inputs, position):
+    """P(y|c) (B, V) float64 over the ids that stand for text. inputs (B, T), position (B,) int64."""
+    device = model.wte.weight.device
+    hidden = model.features(torch.from_numpy(inputs).to(device))                    # (B, T, C)
+    hidden = hidden[torch.arange(len(inputs)), torch.from_numpy(position)]          # (B, C)
+    logits = model.logits(hidden).cpu().double()
+    return logits.softmax(-1)[:, :model.config.vocab_size].numpy()
+
+
+@torch.no_grad()
+def pooled_features(model, text):
+    """The mean of the last layer's hidden states, as probes read it: (B, T) -> (B, C) float64."""
+    device = model.wte.weight.device
+    hidden = model.features(torch.from_numpy(text).to(device))                      # (B, T, C)
+    return hidden.float().mean(1).cpu().double().numpy()
+
+
+def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
+    """The spectrum of a model on n contexts, as a dict of JSON values. Losses in nats."""
+    P, weights, losses, pooled = [], [], [], []
+    for first in tqdm(range(0, n, batch_size), desc="contexts", leave=False, disable=None):
+        indices = range(first, min(n, first + batch_size))
+        contexts = sample_contexts(shards, options, indices, seed)
+        P.append(predict(model, contexts.inputs, contexts.position))
+        weights.append(contexts.weights)
+        likelihoods = np.take_along_axis(P[-1], contexts.targets, axis=1)           # (B, K)
+        losses.append(-np.log(likelihoods).mean(axis=1))
+        if features:
+            pooled.append(pooled_features(model, contexts.text))
+
+    # The model's joint distribution of context and target
+    P, weights, losses = np.concatenate(P), np.concatenate(weights), np.concatenate(losses)
+    s = singular_values(P, weights)
+    hitting = cooccurrence.report(s)["hitting"]
+    whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
+    result = {"contexts": n,
+              "loss": np.average(losses, weights=weights),
+              "chi2": whole, "chi2_half": half, "chi2_quarter": quarter,
+              "chi2_limit": 2 * whole - half,
+              "hitting": hitting if hitting < math.inf else None,
+              "singular_values": s[:1024].round(7).tolist()}
+    if features:
+        result["effective_rank"], s = effective_rank(np.concatenate(pooled))
+        result["feature_singular_values"] = s.round(7).tolist()
+    return result
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def held_out_text(checkpoint, config, data_dir=None):
+    """(validation shards, options) of the run. Raises DataError if the dataset is not the run's."""
+    train = config["train"]
+    data_dir = data_dir or train["data_dir"]
+    meta, splits = data.load(train["dataset"], data_dir)
+
+    # The same name may stand for other text or other tokens
+    folder = os.path.join(data_dir, train["dataset"])
+    digests = config.get("dataset", {})
+    found = {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in digests}
+    if found != digests or meta["vocab_size"] != config["model"]["vocab_size"]:
+        raise DataError(f"{folder} is not the dataset that {checkpoint} was trained on: "
+                        "--data_dir names another folder")
+
+    given = {field.name: train[field.name] for field in fields(Options) if field.name in train}
+    return splits["val"], Options(**{**given, "vocab_size": meta["vocab_size"]})
+
+
+def table(results):
+    """{checkpoint: result} -> text with one column per checkpoint."""
+    columns = [dict(result) for result in results.values()]
+    numbers = [2 ** i for i in range(11)]                                   # s_1, s_2, s_4, .. s_1024
+
+    def row(name, key, digits=3):
+        values = [column.get(key) for column in columns]
+        return [name, *["-" if value is None else f"{value:.{digits}f}" for value in values]]
+
+    rows = [["", *results], row("updates", "step", 0), row("validation loss (nats)", "loss")]
+    for i in numbers:
+        for column in columns:
+            s = column["singular_values"]
+            column[f"s_{i}"] = s[i - 1] if i <= len(s) else None
+        rows.append(row(f"s_{i}", f"s_{i}"))
+    rows += [row("chi2, all contexts", "chi2", 1),
+             row("chi2, half of them", "chi2_half", 1),
+             row("chi2, a quarter", "chi2_quarter", 1),
+             row("chi2, extrapolated", "chi2_limit", 1),
+             row("mean hitting time", "hitting", 0)]
+    if any("effective_rank" in column for column in columns):
+        rows.append(row("effective rank", "effective_rank", 1))
+    return align(rows)
+
+
+def figure(path, results):
+    """The theory's spectra on the left, the models' on the right."""
+    import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+
+    P = cooccurrence.texts()
+    theory = {name: cooccurrence.singular_values(cooccurrence.cooccurrence(P, pairs))
+              for name, pairs in cooccurrence.short_contexts().items()}
+    cooccurrence.draw(left, "Toy language, exact", "i", "singular value $s_i$", theory)
+    models = {name: result["singular_values"] for name, result in results.items()}
+    cooccurrence.draw(right, "Trained models", "i", "singular value $s_i$", models, xscale="log")
+    fig.savefig(path, dpi=100)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    parser.add_argument("--checkpoint", nargs="+", default=["out/vlm"], metavar="DIR",
+                        help="checkpoint folders, of several models or of one along its run")
+    parser.add_argument("--contexts", type=int, default=8192, metavar="N",
+                        help="contexts to draw; memory is 16 bytes * N * vocabulary")
+    parser.add_argument("--features", action="store_true",
+                        help="also the effective rank of the mean hidden state: exp(entropy of the "
+                             "shares of variance of its principal directions)")
+    parser.add_argument("--seed", type=int, default=0, help="of windows, masks and positions")
+    parser.add_argument("--data_dir", help="folder of the datasets, by default that of the run")
+    parser.add_argument("--plot", metavar="FILE", help="draw the spectra (needs matplotlib)")
+    parser.add_argument("--results", metavar="DIR",
+                        help="write DIR/CHECKPOINT'S NAME/spectrum.json instead")
+    add_device_flags(parser, dtype="float32")
+    return parser
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
+    with one_line_errors():
+        if args.contexts < 4:
+            raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
+        if args.seed < 0:
+            raise ValueError(f"--seed must be at least 0, not {args.seed}")
+        cooccurrence.check_plot(args.plot)
+        device = pick_device(args.device)
+
+        results = {}
+        for checkpoint in args.checkpoint:
+            model, config = load_checkpoint(checkpoint, device)
+            model.dtype = pick_dtype(args.dtype, device)
+            shards, options = held_out_text(checkpoint, config, args.data_dir)
+            result = {"checkpoint": checkpoint, "step": config["step"], "weights": config["weights"],
+                      "objective": options.objective,
+                      "command": shlex.join(["python", "spectrum.py", *argv]), "seed": args.seed,
+                      **measure(model, shards, options, args.contexts, args.seed, args.features)}
+            results[checkpoint] = result
+            write_result(result_path(checkpoint, "spectrum.json", args.results), result)
+        print(table(results))
+        if args.plot:
+            figure(args.plot, results)
+
+
+if __name__ == "__main__":
+    main()

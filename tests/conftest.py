@@ -1,0 +1,132 @@
+"""
+The course's grader: what pytest does beyond running the tests.
+
+    python -m pytest -m exercise1       # one exercise; the last line is its first failure in words
+    python -m pytest --exercises        # all of them, as a table of points
+
+The tests of exercise N have the marker exerciseN and stand in the order in which a student should see them.
+A body that is still `raise NotImplementedError("exercise 2: dar, ...")` fails the exercise's own tests as
+"not yet written". Other tests that need it are skipped with the reason.
+"""
+import re
+from collections import Counter
+
+import pytest
+
+POINTS = 10             # per exercise, in proportion to the tests that pass
+GRADED = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exercises", action="store_true",
+                     help="run the tests of the exercises only, and print a table of points")
+
+
+def pytest_configure(config):
+    config.stash[GRADED] = {}               # exercise -> list of (test, failure in words or None)
+    if config.option.exercises:
+        config.option.tbstyle = "no"        # the table says what failed
+        config.option.reportchars = ""
+
+
+def exercise(item):
+    """The number of the exercise that a test belongs to, or None."""
+    for mark in item.iter_markers():
+        match = re.fullmatch(r"exercise(\d+)", mark.name)
+        if match:
+            return int(match[1])
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.exercises:
+        others = [item for item in items if not exercise(item)]
+        items[:] = [item for item in items if exercise(item)]
+        config.hook.pytest_deselected(items=others)
+
+
+def unwritten(report, call):
+    """What a failed test says about a body that is not yet written, or None."""
+    if isinstance(call.excinfo.value, NotImplementedError):
+        return str(call.excinfo.value) or "NotImplementedError"
+    # A script that ran in a process of its own
+    match = re.search(r"NotImplementedError: (exercise \d.*)", report.longreprtext)
+    return match and match[1]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    number = exercise(item)
+    missing = unwritten(report, call) if report.failed else None
+
+    # A body that is not yet written
+    if missing and number:
+        report.longrepr = f"not yet written: {missing}"
+    elif missing and missing.startswith("exercise"):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: needs {missing}")
+
+    # What the table and the last line say. A test is graded once, whichever of its phases fails
+    if number and not report.skipped and (report.when == "call" or report.failed):
+        words = in_words(report) if report.failed else None
+        item.config.stash[GRADED].setdefault(number, []).append((item.nodeid, words))
+
+
+def in_words(report):
+    """The last line of a failure, without the path and pytest's decoration."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash else report.longreprtext
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if crash else lines[-1]
+    return first.removeprefix("Failed: ").removeprefix("AssertionError: ")
+
+
+def score(results):
+    """(passed, failed, points) of one exercise."""
+    failed = len({test for test, words in results if words})
+    passed = len({test for test, words in results}) - failed
+    return passed, failed, POINTS * passed // (passed + failed)
+
+
+def titles(config):
+    """{1: "the autoregressive objective, ar", ...}, from pytest.ini."""
+    lines = [re.fullmatch(r"exercise(\d+): (.*)", line) for line in config.getini("markers")]
+    return {int(line[1]): line[2] for line in lines if line}
+
+
+def table(config):
+    """The lines of the table: one per exercise, and the sum."""
+    title, total = titles(config), Counter()
+    lines = [f"{'exercise':<58}{'passed':>8}{'failed':>8}{'points':>10}"]
+    for number, results in sorted(config.stash[GRADED].items()):
+        passed, failed, points = score(results)
+        total.update(points=points, most=POINTS)
+        name = f"{number}  {title.get(number, '')}"
+        lines.append(f"{name:<58}{passed:>8}{failed:>8}{points:>5} / {POINTS}")
+    lines.append(f"{'in all':<74}{total['points']:>5} / {total['most']}")
+    return lines
+
+
+def first_failures(config):
+    """One line per exercise: its first failure in words, or that all is well."""
+    for number, results in sorted(config.stash[GRADED].items()):
+        failures = [words for test, words in results if words]
+        yield f"exercise {number}: {failures[0] if failures else f'all {len(results)} tests pass'}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """After pytest's own last line."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    one_exercise = config.option.markexpr.startswith("exercise")
+    if reporter is None or not config.stash.get(GRADED, None):
+        return
+    if config.option.exercises:
+        reporter.write_line("")
+        for line in table(config):
+            reporter.write_line(line)
+    if config.option.exercises or one_exercise:
+        reporter.write_line("")
+        for line in first_failures(config):
+            reporter.write_line(line)
