@@ -16,6 +16,7 @@ micro-batches, and a resumed run continues exactly where it stopped. Progress go
 out_dir/log.jsonl, one JSON object per line.
 """
 import contextlib
+import gc
 import json
 import math
 import os
@@ -483,17 +484,27 @@ def example_lines(encoding, ids, block_size, n=3):
 # =============================================================================
 
 def start_processes(args):
-    """Join the other processes, if torchrun started any."""
+    """Join the other processes, if torchrun started any.
+
+    torch.distributed.nn, which DDP imports, has functions with the default group=WORLD: the group that exists
+    when it is first imported. Imported later it would keep the group, and so gloo's threads, alive after
+    leave_together, and a thread that meets the end of the interpreter aborts the process (1 exit in 50).
+    """
     if "RANK" in os.environ:
+        import torch.distributed.nn                                         # noqa: F401
         if args.device.startswith("cuda"):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
 
 
 def leave_together():
-    """Wait for the other processes, then leave the group: none goes while another still needs it."""
+    """Wait for the other processes, then leave the group: none goes while another still needs it.
+
+    Its threads end with it, if nothing refers to it any more. DDP does until it is collected.
+    """
     if dist.is_initialized():
         dist.barrier()
+        gc.collect()
         dist.destroy_process_group()
 
 

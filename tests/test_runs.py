@@ -242,3 +242,40 @@ def test_handlers_are_restored_and_a_thread_may_train(data_dir, tmp_path):
     thread.join(60)
     assert_same((log_of(tmp_path / "a"), weights_of(tmp_path / "a")),
                 (log_of(tmp_path / "b"), weights_of(tmp_path / "b")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads the names of threads from /proc")
+def test_no_thread_of_the_process_group_meets_the_end_of_the_interpreter(data_dir, tmp_path):
+    """That aborts a process once in 50 exits ("terminate called without an active exception")."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "import atexit, glob, os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "def show():\n"
+        "    names = [open(path).read().strip() for path in glob.glob('/proc/self/task/*/comm')]\n"
+        f"    with open({str(tmp_path)!r} + '/threads-' + os.environ['RANK'], 'w') as file:\n"
+        "        file.write(' '.join(names))\n"
+        "atexit.register(show)\n"
+        "train.main(sys.argv[1:])\n")
+    command = [*torchrun(2, 3), wrapper, *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out"]
+    done = subprocess.run([*map(str, command), "--max_iters", "3"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in "01":
+        assert "gloo" not in (tmp_path / f"threads-{rank}").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_refusal_ends_all_processes_without_a_traceback(run, data_dir, tmp_path, flag):
+    run("--max_iters", "1", "--objective", "ar")
+    with script.hold(tmp_path / "out"):
+        done = subprocess.run(
+            [*torchrun(2, 4), ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
+             "--objective", "ar", flag, "--max_iters", "2"],
+            capture_output=True, text=True, timeout=300)
+    ours = done.stderr.split("torch.distributed.elastic")[0].split("Traceback")[0]
+    assert done.returncode != 0 and ours.count("another process is working in") == 1, done.stderr
+    assert "[rank" not in done.stderr, "a traceback of a process"
+    assert (tmp_path / "out" / "ckpt.pt").exists()
