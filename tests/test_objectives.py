@@ -43,7 +43,7 @@ def make(options, x, draw):
 def distinct_batch(name, B, step=0, indices=None, **given):
     """(x, batch, options): a batch of windows in which a token tells its place."""
     options = make_options(name, **given)
-    options.vocab_size = B * window_size(options)
+    options.vocab_size = B * window_size(options) + 1
     x = distinct_tokens(B, window_size(options))
     batch = make(options, x, Draw(7, step, range(B) if indices is None else indices))
     return x, batch, options
@@ -100,9 +100,10 @@ def explain_all_positions(name, unscored, T):
 
 
 def explain_token_0(options):
-    """Token 0 is a token like any other: sequences of nothing else are scored as others are."""
+    """Token 0 is a token like any other: a sequence of nothing else is scored as others are."""
     name, T = options.objective, options.block_size
     x = np.zeros((2, window_size(options)), dtype=np.int64)
+    x[1] = 1
     positions, targets, weights = used_slots(make(options, x, Draw(3, 4, range(2))))
     unscored = np.setdiff1d(np.arange(2 * T), positions)
     explain(len(unscored) == 0, f"{name}: positions whose target is token 0 are not scored: "
@@ -167,14 +168,14 @@ def test_dar_draws_an_offset_for_every_position():
 @pytest.mark.exercise2
 @pytest.mark.parametrize("t", [2, 3, 5])
 def test_dar_offset_is_uniform_on_1_to_t(t):
-    """32,000 offsets: one that is 10 % too frequent is found (at t = 3 a chi-square of about 110 above what
-    chance gives, where 41 are allowed). Position by position, 2,000 each: one that is 50 % too frequent.
+    """32,000 offsets: one that is 10 % too frequent is found (at t = 3 that adds 160 to chi-square, of which
+    41 are allowed). Position by position, 2,000 each: one that is 50 % too frequent.
     """
     s = drawn_offsets(t, B=2000)
     names = [f"offset {i}" for i in range(1, t + 1)]
     counts = np.bincount(s.ravel(), minlength=t + 1)[1:]
     never = np.flatnonzero(counts == 0) + 1
-    explain(len(never) == 0, f"dar: with lookahead {t}, offset {never[:1]} is never drawn: "
+    explain(len(never) == 0, f"dar: with lookahead {t}, offset {', '.join(map(str, never))} is never drawn: "
                              f"s is uniform on 1..{t}")
     explain_uniform(counts, names, f"dar: the offsets 1..{t} are not equally frequent")
     for k in range(T):
@@ -217,16 +218,17 @@ def scored_positions(batch, x, options, masked=None):
     Fails unless exactly these are hidden, each predicts its own token, and the weights are those of
     options.normalization, up to a factor. masked: (B, T) bool, which positions these must be, if known.
     """
-    name, T = options.objective, options.block_size
+    name = options.objective if masked is None else "mask_batch"
+    T = options.block_size
     x = x[:, :T]
     positions, targets, weights = used_slots(batch)
     scored = np.zeros(x.size, dtype=bool)
     scored[positions] = True
     scored = scored.reshape(x.shape)
     if options.corruption == "bert":
-        explain_bert_inputs(batch, x, options, scored, masked)
+        explain_bert_inputs(name, batch, x, scored, masked)
     else:
-        explain_masked_inputs(batch, x, options, scored, masked)
+        explain_masked_inputs(name, batch, x, options.mask_token, scored, masked)
 
     # Targets
     wrong = np.flatnonzero((targets != x.ravel()[positions, None]).any(axis=1))
@@ -253,12 +255,9 @@ def scored_positions(batch, x, options, masked=None):
     return scored
 
 
-def explain_masked_inputs(batch, x, options, scored, masked):
-    name, mask_token = options.objective, options.mask_token
+def explain_masked_inputs(name, batch, x, mask_token, scored, masked):
     shown = batch.inputs == mask_token
     changed = batch.inputs != x
-    if masked is not None and not masked.any():
-        masked = None
 
     # Inputs
     explain(changed.any(), f"{name}: no token is hidden: the model sees every target")
@@ -286,8 +285,7 @@ def explain_masked_inputs(batch, x, options, scored, masked):
     explain_missing(name, x, missing, shown)
 
 
-def explain_bert_inputs(batch, x, options, scored, masked):
-    name = options.objective
+def explain_bert_inputs(name, batch, x, scored, masked):
     changed = batch.inputs != x
     unscored = changed & ~scored
     if masked is not None:
@@ -316,8 +314,7 @@ def first_place(where):
 def explain_uniform_sets(masks, what):
     """masks: (R, 6) bool, 3 of 6 positions in each row; all 20 such sets must be equally frequent.
 
-    With 10,000 rows a position that is masked 10 % too often is found, and a set that is
-    so 40 % too often.
+    With 10,000 rows a position that is masked 15 % too often is found, and a set 60 % too often.
     """
     R, width = masks.shape
     explain((masks != masks[:1]).any(), f"{what}: the same positions are masked in every sequence: "
@@ -425,7 +422,7 @@ def call_mask_batch(x, masked, spare=0, step=0, **given):
     before, given_x, given_masked = masked.copy(), x.copy(), masked.copy()
     draw = Draw(7, step, range(len(x)))
     batch = call(objectives.mask_batch, given_x, given_masked, int(masked.sum()) + spare, draw, options)
-    batch = checked(batch, options, given_x, x)
+    batch = checked("mask_batch", batch, options, given_x, x)
     explain(np.array_equal(given_masked, before), "mask_batch changes the array `masked` that it was given")
     return batch, options
 
@@ -441,14 +438,14 @@ MASKS = {"spans": np.array([[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0,
 def test_mask_batch_hides_and_predicts_the_masked_positions(masks, spare):
     masked = MASKS[masks]
     x = distinct_tokens(len(masked), masked.shape[1] + 1)
-    batch, options = call_mask_batch(x, masked, spare, vocab_size=x.size)
+    batch, options = call_mask_batch(x, masked, spare, vocab_size=x.size + 1)
     scored_positions(batch, x, options, masked)
 
 
 @pytest.mark.exercise3
 def test_mask_batch_on_text_in_which_tokens_recur():
     rng = np.random.default_rng(0)
-    for vocab_size in (1, 2, 3):
+    for vocab_size in (3, 2, 1):
         x = rng.integers(vocab_size, size=(5, 17))
         masked = rng.random((5, 16)) < 0.4
         batch, options = call_mask_batch(x, masked, spare=3, vocab_size=vocab_size)
@@ -461,7 +458,7 @@ def test_mask_batch_on_text_in_which_tokens_recur():
 def test_mask_batch_weighs_as_the_normalization_says(normalization, masks):
     masked = MASKS[masks]
     x = distinct_tokens(len(masked), masked.shape[1] + 1)
-    batch, options = call_mask_batch(x, masked, spare=2, vocab_size=x.size, normalization=normalization)
+    batch, options = call_mask_batch(x, masked, spare=2, vocab_size=x.size + 1, normalization=normalization)
     scored_positions(batch, x, options, masked)
 
 
@@ -477,8 +474,8 @@ def test_mask_batch_bert_corruption():
     explain_bert_shares(make_bert, "mask_batch")
     masked = np.ones((2, 300), dtype=bool)
     x = distinct_tokens(2, 300)
-    first, _ = call_mask_batch(x, masked, vocab_size=600, corruption="bert")
-    second, _ = call_mask_batch(x, masked, step=1, vocab_size=600, corruption="bert")
+    first, _ = call_mask_batch(x, masked, vocab_size=601, corruption="bert")
+    second, _ = call_mask_batch(x, masked, step=1, vocab_size=601, corruption="bert")
     explain((first.inputs != second.inputs).any(),
             "mask_batch, corruption bert: the corruption is the same at every step: it must come from `draw`")
 
@@ -513,7 +510,7 @@ def test_mlm_draws_other_masks_at_every_step():
 
 
 def explain_recurring_tokens(name):
-    for vocab_size in (1, 2, 50):
+    for vocab_size in (50, 2, 1):
         options = make_options(name, vocab_size=vocab_size, mask_ratio=0.4)
         x = random_tokens(options, B=9)
         scored_positions(make(options, x, Draw(1, 2, range(9))), x, options)
@@ -625,7 +622,7 @@ def vlm_counts(B, steps, mask_range=RANGE):
     """(steps, B) the number of masked positions of every sequence, at steps of a run."""
     counts = np.empty((steps, B), dtype=int)
     options = make_options("vlm", mask_range=mask_range)
-    options.vocab_size = B * window_size(options)
+    options.vocab_size = B * window_size(options) + 1
     x = distinct_tokens(B, window_size(options))
     for step in range(steps):
         batch = make(options, x, Draw(5, step, range(B)))
@@ -667,6 +664,8 @@ def test_vlm_counts_lie_in_the_range():
         words = f"mask_range {mask_range[0]} {mask_range[1]} of {T} positions is {low}..{high}"
         explain(counts.min() >= low, f"vlm: a sequence has {counts.min()} masked positions, but {words}")
         explain(counts.max() <= high, f"vlm: a sequence has {counts.max()} masked positions, but {words}")
+        if mask_range != RANGE:         # of a uniform ratio, 0.7 % are rounded to 2 of 16
+            continue
         explain(counts.min() == low, f"vlm: the fewest masked positions of 800 sequences are {counts.min()}, but {words}")
         explain(counts.max() == high, f"vlm: the most masked positions of 800 sequences are {counts.max()}, but {words}")
 
@@ -706,7 +705,7 @@ def test_vlm_draws_every_set_of_positions_equally_often():
     masks = scored_positions(batch, x, options)
     explain((masks.sum(axis=1) == 3).all(), "vlm: with mask_range 0.5 0.5 exactly 3 of 6 positions are masked")
     explain_uniform_sets(masks, "vlm")
-    x, batch, options = distinct_batch("vlm", 30_000, block_size=6, mask_range=(1 / 3, 2 / 3))
+    x, batch, options = distinct_batch("vlm", 15_000, block_size=6, mask_range=(1 / 3, 2 / 3))
     masks = scored_positions(batch, x, options)
     names = [f"position {k + 1}" for k in range(6)]
     for count in (2, 3, 4):
