@@ -66,25 +66,30 @@ def offset_shares(batch, x, options, most):
     row, k = divmod(positions, T)
     target_row, target_place = place_of(targets, x)                             # (N, K) each
     offsets = target_place - k[:, None]                                         # (N, K)
-    explain((target_row >= 0).all(), f"{name}: a target is a token that the sequence does not hold")
-    explain(not (offsets == 0).all(), f"{name}: every target is the token at its own position, which the model "
-                                      "sees: position k must predict what follows x[k]")
-    explain((target_row == row[:, None]).all(), f"{name}: a target comes from another sequence of the batch")
+    explain((target_row >= 0).all(),
+            f"{name}: a target is a token that the sequence does not hold")
+    explain(not (offsets == 0).all(),
+            f"{name}: every target is the token at its own position, which the model sees: "
+            "position k must predict what follows x[k]")
+    explain((target_row == row[:, None]).all(),
+            f"{name}: a target comes from another sequence of the batch")
 
     # How far ahead it lies
     n = offsets.min(axis=1).argmin()
-    explain(offsets.min() >= 1, f"{name}: the target of position {k[n] + 1} is x[{k[n] + 1 + offsets[n].min()}], "
-                                f"which the model sees: offset {offsets[n].min()}, but offsets start at 1")
+    explain(offsets.min() >= 1,
+            f"{name}: the target of position {k[n] + 1} is x[{k[n] + 1 + offsets[n].min()}], "
+            f"which the model sees: offset {offsets[n].min()}, but offsets start at 1")
     n = offsets.max(axis=1).argmax()
-    explain(offsets.max() <= most, f"{name}: the target of position {k[n] + 1} is "
-                                   f"x[{k[n] + 1 + offsets[n].max()}], {offsets[n].max()} tokens ahead; "
-                                   f"the farthest is {most}")
+    explain(offsets.max() <= most,
+            f"{name}: the target of position {k[n] + 1} is x[{k[n] + 1 + offsets[n].max()}], "
+            f"{offsets[n].max()} tokens ahead; the farthest is {most}")
 
     # How much each position counts
     total = np.bincount(positions, weights=weights, minlength=batch.inputs.size)
     unscored = np.flatnonzero(total == 0)
     explain_all_positions(name, unscored, T)
-    explain(np.allclose(total, total[0], rtol=1e-4), f"{name}: all positions must have the same weight")
+    explain(np.allclose(total, total[0], rtol=1e-4),
+            f"{name}: all positions must have the same weight")
 
     # Shares of the targets of one position
     shares = np.zeros((batch.inputs.size, most))
@@ -95,8 +100,9 @@ def offset_shares(batch, x, options, most):
 
 def explain_all_positions(name, unscored, T):
     if len(unscored):
-        explain(False, f"{name}: every position must be scored, but position {unscored[0] % T + 1} of sequence "
-                       f"{unscored[0] // T + 1} is not ({len(unscored)} positions are not)")
+        explain(False,
+                f"{name}: every position must be scored, but position {unscored[0] % T + 1} of "
+                f"sequence {unscored[0] // T + 1} is not ({len(unscored)} positions are not)")
 
 
 def explain_token_0(options):
@@ -142,8 +148,8 @@ def drawn_offsets(t, B, step=0, block_size=T):
     x, batch, options = distinct_batch("dar", B, step, lookahead=t, block_size=block_size)
     shares = offset_shares(batch, x, options, most=t)
     explain(np.allclose(shares.max(axis=2), 1),
-            "dar sample: one offset is drawn per position, but a position has several different targets "
-            "(that is the estimator \"expectation\")")
+            "dar sample: one offset is drawn per position, but a position has several "
+            "different targets (that is the estimator \"expectation\")")
     return shares.argmax(axis=2) + 1
 
 
@@ -157,12 +163,16 @@ def test_dar_predicts_one_of_the_next_t_tokens(t, block_size, B):
 def test_dar_draws_an_offset_for_every_position():
     """Three offsets, 20 sequences of 16 positions: they agree by chance with probability below 1e-100."""
     s = drawn_offsets(3, B=20)
-    explain((s != s[0, 0]).any(), f"dar: all positions of the batch have the same offset, {s[0, 0]}: "
-                                  "every position draws its own")
-    explain((s != s[:, :1]).any(), "dar: all positions of a sequence share one offset: every position draws its own")
-    explain((s != s[:1]).any(), "dar: all sequences of a batch share the same offsets: every one draws its own")
+    explain((s != s[0, 0]).any(),
+            f"dar: all positions of the batch have the same offset, {s[0, 0]}: every position "
+            "draws its own")
+    explain((s != s[:, :1]).any(),
+            "dar: all positions of a sequence share one offset: every position draws its own")
+    explain((s != s[:1]).any(),
+            "dar: all sequences of a batch share the same offsets: every one draws its own")
     other = drawn_offsets(3, B=20, step=1)
-    explain((s != other).any(), "dar: the offsets are the same at every step: they must come from `draw`")
+    explain((s != other).any(),
+            "dar: the offsets are the same at every step: they must come from `draw`")
 
 
 @pytest.mark.exercise2
@@ -175,12 +185,14 @@ def test_dar_offset_is_uniform_on_1_to_t(t):
     names = [f"offset {i}" for i in range(1, t + 1)]
     counts = np.bincount(s.ravel(), minlength=t + 1)[1:]
     never = np.flatnonzero(counts == 0) + 1
-    explain(len(never) == 0, f"dar: with lookahead {t}, offset {', '.join(map(str, never))} is never drawn: "
-                             f"s is uniform on 1..{t}")
+    explain(len(never) == 0,
+            f"dar: with lookahead {t}, offset {', '.join(map(str, never))} is never drawn: s "
+            f"is uniform on 1..{t}")
     explain_uniform(counts, names, f"dar: the offsets 1..{t} are not equally frequent")
     for k in range(T):
         counts = np.bincount(s[:, k], minlength=t + 1)[1:]
-        explain_uniform(counts, names, f"dar: at position {k + 1} the offsets are not equally frequent", tests=T)
+        explain_uniform(counts, names,
+                        f"dar: at position {k + 1} the offsets are not equally frequent", tests=T)
 
 
 @pytest.mark.exercise2
@@ -199,9 +211,12 @@ def test_dar_expectation_averages_over_the_next_t_tokens(t, block_size, B):
     x, batch, options = distinct_batch("dar", B, lookahead=t, dar_estimator="expectation", block_size=block_size)
     shares = offset_shares(batch, x, options, most=t)                           # (B, T, t)
     counts = (shares > 0).sum(axis=2)
-    explain((counts == t).all(), f"dar expectation: with lookahead {t}, position {counts.ravel().argmin() % block_size + 1} "
-                                 f"has {counts.min()} of the {t} targets x[k+1] .. x[k+{t}]")
-    explain(np.allclose(shares, 1 / t, rtol=1e-4), f"dar expectation: the {t} next tokens must count the same, 1/{t} each")
+    explain((counts == t).all(),
+            f"dar expectation: with lookahead {t}, position "
+            f"{counts.ravel().argmin() % block_size + 1} has {counts.min()} of the {t} targets "
+            f"x[k+1] .. x[k+{t}]")
+    explain(np.allclose(shares, 1 / t, rtol=1e-4),
+            f"dar expectation: the {t} next tokens must count the same, 1/{t} each")
 
 
 @pytest.mark.exercise2
@@ -234,8 +249,9 @@ def scored_positions(batch, x, options, masked=None):
     wrong = np.flatnonzero((targets != x.ravel()[positions, None]).any(axis=1))
     if len(wrong):
         k = positions[wrong[0]] % T
-        explain(False, f"{name}: position {k + 1} is masked and must predict its own token x[{k + 1}], "
-                       "but its target is another token")
+        explain(False,
+                f"{name}: position {k + 1} is masked and must predict its own token "
+                f"x[{k + 1}], but its target is another token")
 
     # Weights
     per_row = np.bincount(positions // T, weights=weights, minlength=len(x))
@@ -247,11 +263,12 @@ def scored_positions(batch, x, options, masked=None):
                 f"but weights are {per_token.min():.3g} to {per_token.max():.3g}")
     else:
         explain(np.allclose(per_row, per_row[0], rtol=1e-4),
-                f"{name}, normalization bound: the weights of every sequence must have the same sum, "
-                f"but the sums are {per_row.min():.3g} to {per_row.max():.3g}")
+                f"{name}, normalization bound: the weights of every sequence must have the "
+                f"same sum, but the sums are {per_row.min():.3g} to {per_row.max():.3g}")
         expected = (per_row[0] / np.maximum(scored.sum(axis=1), 1))[positions // T]
         explain(np.allclose(per_token, expected, rtol=1e-4),
-                f"{name}, normalization bound: the masked tokens of one sequence must have the same weight")
+                f"{name}, normalization bound: the masked tokens of one sequence must have the "
+                "same weight")
     return scored
 
 
@@ -264,23 +281,28 @@ def explain_masked_inputs(name, batch, x, mask_token, scored, masked):
     other = changed & ~shown
     ids = np.unique(batch.inputs[other])
     explain(not (len(ids) == 1 and scored[other].all()),
-            f"{name}: masked positions show the id {ids[:1]}, not the mask token {mask_token} (options.mask_token)")
+            f"{name}: masked positions show the id {ids[:1]}, not the mask token {mask_token} "
+            "(options.mask_token)")
     row, k = first_place(other)
-    explain(not other.any(), f"{name}: a visible token was changed: position {k + 1} of sequence {row + 1} shows "
-                             f"{batch.inputs[row, k]} instead of {x[row, k]}, its token among the first T")
+    explain(not other.any(),
+            f"{name}: a visible token was changed: position {k + 1} of sequence {row + 1} "
+            f"shows {batch.inputs[row, k]} instead of {x[row, k]}, its token among the first T")
     if masked is not None:
         row, k = first_place(shown != masked)
         explain(np.array_equal(shown, masked),
-                f"{name}: position {k + 1} of sequence {row + 1} is {'hidden' if shown[row, k] else 'visible'}, but "
-                f"`masked` says {'hidden' if masked[row, k] else 'visible'}")
+                f"{name}: position {k + 1} of sequence {row + 1} is "
+                f"{'hidden' if shown[row, k] else 'visible'}, but `masked` says "
+                f"{'hidden' if masked[row, k] else 'visible'}")
 
     # Scored positions
-    explain(not scored.all() or shown.all(), f"{name}: all positions are scored, the visible ones too: "
-                                             "only masked positions are predicted")
+    explain(not scored.all() or shown.all(),
+            f"{name}: all positions are scored, the visible ones too: only masked positions "
+            "are predicted")
     leak = scored & ~shown
     row, k = first_place(leak)
-    explain(not leak.any(), f"{name}: position {k + 1} of sequence {row + 1} is scored but not masked: "
-                            "the model sees its target")
+    explain(not leak.any(),
+            f"{name}: position {k + 1} of sequence {row + 1} is scored but not masked: the "
+            "model sees its target")
     missing = shown & ~scored
     explain_missing(name, x, missing, shown)
 
@@ -289,9 +311,11 @@ def explain_bert_inputs(name, batch, x, scored, masked):
     changed = batch.inputs != x
     unscored = changed & ~scored
     if masked is not None:
-        explain(not (changed & ~masked).any(), f"{name}, corruption bert: a token outside `masked` was changed")
+        explain(not (changed & ~masked).any(),
+                f"{name}, corruption bert: a token outside `masked` was changed")
         explain_missing(f"{name}, corruption bert", x, masked & ~scored, masked)
-        explain(np.array_equal(scored, masked), f"{name}, corruption bert: a position outside `masked` is scored")
+        explain(np.array_equal(scored, masked),
+                f"{name}, corruption bert: a position outside `masked` is scored")
     explain(not unscored.any(),
             f"{name}, corruption bert: a position was changed that is not scored: "
             "masked, replaced and unchanged ones are all predicted")
@@ -301,9 +325,12 @@ def explain_missing(name, x, missing, masked):
     """All masked positions must be scored, those with token 0 as well."""
     if missing.any():
         zero = (x[missing] == 0).all() and (x[masked & ~missing] != 0).all()
-        explain(not zero, f"{name}: masked positions whose token is 0 are not scored: 0 is a token like any other")
-        explain(False, f"{name}: {missing.sum()} of {masked.sum()} masked positions are not scored: "
-                       "each must be predicted, with a weight above 0")
+        explain(not zero,
+                f"{name}: masked positions whose token is 0 are not scored: 0 is a token like "
+                "any other")
+        explain(False,
+                f"{name}: {missing.sum()} of {masked.sum()} masked positions are not scored: "
+                "each must be predicted, with a weight above 0")
 
 
 def first_place(where):
@@ -317,13 +344,16 @@ def explain_uniform_sets(masks, what):
     With 10,000 rows a position that is masked 15 % too often is found, and a set 60 % too often.
     """
     R, width = masks.shape
-    explain((masks != masks[:1]).any(), f"{what}: the same positions are masked in every sequence: "
-                                        "every sequence draws its own")
+    explain((masks != masks[:1]).any(),
+            f"{what}: the same positions are masked in every sequence: every sequence draws "
+            "its own")
     changes = (np.diff(masks.astype(int), axis=1) == 1).sum(axis=1) + masks[:, 0]
-    explain((changes > 1).any(), f"{what}: the masked positions are always neighbours (one span): "
-                                 "all sets of positions must be equally likely")
+    explain((changes > 1).any(),
+            f"{what}: the masked positions are always neighbours (one span): all sets of "
+            "positions must be equally likely")
     names = [f"position {k + 1}" for k in range(width)]
-    explain_uniform(masks.sum(axis=0), names, f"{what}: the positions are not masked equally often")
+    explain_uniform(masks.sum(axis=0), names,
+                    f"{what}: the positions are not masked equally often")
     sets = list(itertools.combinations(range(width), 3))
     number = np.zeros(2 ** width, dtype=int)
     for i, members in enumerate(sets):
@@ -348,19 +378,21 @@ def explain_bert_shares(make_bert, what):
              (seen == true).sum()]
     percent = ", ".join(f"{100 * kind / len(seen):.1f}" for kind in kinds)
     words = f"{what}, corruption bert: {percent} % of the scored positions are masked, random, unchanged"
-    explain(fits(kinds, [0.8, 0.1, 0.1]) or fits(kinds, [0.8, 0.0999, 0.1001]), f"{words} instead of 80, 10, 10")
+    explain(fits(kinds, [0.8, 0.1, 0.1]) or fits(kinds, [0.8, 0.0999, 0.1001]),
+            f"{words} instead of 80, 10, 10")
     as_row = np.where(scored, batch.inputs == options.mask_token, -1)
     mixed = [len(set(row[row >= 0])) > 1 for row in as_row]
-    explain(any(mixed), f"{what}, corruption bert: all masked positions of a sequence are treated alike: "
-                        "each draws its own kind")
+    explain(any(mixed),
+            f"{what}, corruption bert: all masked positions of a sequence are treated alike: "
+            "each draws its own kind")
 
     # Random tokens are text. Whether they may be the original one is left open
     batch, x, options, scored = make_bert(2)
     seen, true = batch.inputs[scored], x[:, :options.block_size][scored]
     kinds = [(seen == 2).sum(), ((seen != 2) & (seen != true)).sum(), (seen == true).sum()]
     explain(fits(kinds, [0.8, 0.05, 0.15]) or fits(kinds, [0.8, 0.1, 0.1]),
-            f"{what}, corruption bert: of a vocabulary of 2 tokens, random tokens are not uniform on "
-            f"0 .. vocab_size-1 (the mask token is none of them)")
+            f"{what}, corruption bert: of a vocabulary of 2 tokens, random tokens are not "
+            "uniform on 0 .. vocab_size-1 (the mask token is none of them)")
 
     # ... and all of them alike
     batch, x, options, scored = make_bert(5)
@@ -368,7 +400,9 @@ def explain_bert_shares(make_bert, what):
     replaced = (seen != options.mask_token) & (seen != true)
     pairs = np.bincount(seen[replaced] * 5 + true[replaced], minlength=25).reshape(5, 5)[~np.eye(5, dtype=bool)]
     names = [f"{a} for {b}" for a in range(5) for b in range(5) if a != b]
-    explain_uniform(pairs, names, f"{what}, corruption bert: random tokens are not uniform over the vocabulary")
+    explain_uniform(pairs, names,
+                    f"{what}, corruption bert: random tokens are not uniform over the "
+                    "vocabulary")
 
 # -----------------------------------------------------------------------------
 # Exercise 3: masking and mlm
@@ -378,12 +412,15 @@ def draw_masks(counts, step=0, block_size=6):
     options = make_options("mlm", block_size=block_size)
     counts = np.asarray(counts)
     masked = call(objectives.uniform_masks, counts.copy(), Draw(7, step, range(len(counts))), options)
-    explain(masked is not None, "uniform_masks returns nothing (None): it must return (B, T) bool")
+    explain(masked is not None,
+            "uniform_masks returns nothing (None): it must return (B, T) bool")
     dtype = getattr(masked, "dtype", None)
     masked = np.asarray(masked)
-    explain(dtype in (bool, torch.bool), f"uniform_masks: masked must be a bool array, not {dtype or 'a list'}")
+    explain(dtype in (bool, torch.bool),
+            f"uniform_masks: masked must be a bool array, not {dtype or 'a list'}")
     explain(masked.shape == (len(counts), block_size),
-            f"uniform_masks: masked must be (B, T) = {len(counts), block_size}, not {masked.shape}")
+            f"uniform_masks: masked must be (B, T) = {len(counts), block_size}, not "
+            f"{masked.shape}")
     return masked
 
 
@@ -392,18 +429,21 @@ def test_uniform_masks_has_the_given_count_in_every_row():
     counts = np.array([1, 6, 3, 3, 5, 2, 4, 1])
     masked = draw_masks(counts)
     for i, count in enumerate(counts):
-        explain(masked[i].sum() == count, f"uniform_masks: sequence {i + 1} must have counts[{i}] = {count} masked "
-                                          f"positions, but has {masked[i].sum()}")
+        explain(masked[i].sum() == count,
+                f"uniform_masks: sequence {i + 1} must have counts[{i}] = {count} masked "
+                f"positions, but has {masked[i].sum()}")
 
 
 @pytest.mark.exercise3
 def test_uniform_masks_draws_every_set_equally_often():
     masked = draw_masks(np.full(10_000, 3))
-    explain((masked.sum(axis=1) == 3).all(), "uniform_masks: every sequence must have 3 masked positions here, but "
-                                             f"they have {masked.sum(axis=1).min()} to {masked.sum(axis=1).max()}")
+    explain((masked.sum(axis=1) == 3).all(),
+            "uniform_masks: every sequence must have 3 masked positions here, but they have "
+            f"{masked.sum(axis=1).min()} to {masked.sum(axis=1).max()}")
     explain_uniform_sets(masked, "uniform_masks")
     other = draw_masks(np.full(10_000, 3), step=1)
-    explain((masked != other).any(), "uniform_masks: the masks are the same at every step: they must come from `draw`")
+    explain((masked != other).any(),
+            "uniform_masks: the masks are the same at every step: they must come from `draw`")
 
 
 @pytest.mark.exercise3
@@ -413,7 +453,8 @@ def test_uniform_masks_is_uniform_whatever_the_other_counts():
     names = [f"position {k + 1}" for k in range(6)]
     for i, count in [(0, 1), (2, 5)]:
         explain_uniform(masked[i::3].sum(axis=0) if count == 1 else (~masked[i::3]).sum(axis=0), names,
-                        f"uniform_masks: with a count of {count} the positions are not equally likely")
+                        f"uniform_masks: with a count of {count} the positions are not equally "
+                        "likely")
 
 
 def call_mask_batch(x, masked, spare=0, step=0, **given):
@@ -423,7 +464,8 @@ def call_mask_batch(x, masked, spare=0, step=0, **given):
     draw = Draw(7, step, range(len(x)))
     batch = call(objectives.mask_batch, given_x, given_masked, int(masked.sum()) + spare, draw, options)
     batch = checked("mask_batch", batch, options, given_x, x)
-    explain(np.array_equal(given_masked, before), "mask_batch changes the array `masked` that it was given")
+    explain(np.array_equal(given_masked, before),
+            "mask_batch changes the array `masked` that it was given")
     return batch, options
 
 
@@ -477,7 +519,8 @@ def test_mask_batch_bert_corruption():
     first, _ = call_mask_batch(x, masked, vocab_size=601, corruption="bert")
     second, _ = call_mask_batch(x, masked, step=1, vocab_size=601, corruption="bert")
     explain((first.inputs != second.inputs).any(),
-            "mask_batch, corruption bert: the corruption is the same at every step: it must come from `draw`")
+            "mask_batch, corruption bert: the corruption is the same at every step: it must "
+            "come from `draw`")
 
 
 @pytest.mark.exercise3
@@ -487,8 +530,9 @@ def test_mlm_masks_round_ratio_T_positions(block_size, ratio, count):
     x, batch, options = distinct_batch("mlm", 12, block_size=block_size, mask_ratio=ratio)
     counts = scored_positions(batch, x, options).sum(axis=1)
     explain(counts.min() == counts.max() or count < counts.min() or count > counts.max(),
-            f"mlm: the number of masked positions varies, {counts.min()} to {counts.max()}: with mask_ratio {ratio} "
-            f"exactly round({ratio} * {block_size}) = {count} positions of every sequence are masked")
+            f"mlm: the number of masked positions varies, {counts.min()} to {counts.max()}: "
+            f"with mask_ratio {ratio} exactly round({ratio} * {block_size}) = {count} "
+            "positions of every sequence are masked")
     explain((counts == count).all(), f"mlm: with mask_ratio {ratio} exactly round({ratio} * {block_size}) = {count} "
                                      f"positions of every sequence are masked, not {counts.min()}"
                                      + (f" to {counts.max()}" if counts.min() < counts.max() else ""))
@@ -498,7 +542,8 @@ def test_mlm_masks_round_ratio_T_positions(block_size, ratio, count):
 def test_mlm_draws_every_set_of_positions_equally_often():
     x, batch, options = distinct_batch("mlm", 10_000, block_size=6, mask_ratio=0.5)
     masks = scored_positions(batch, x, options)
-    explain((masks.sum(axis=1) == 3).all(), "mlm: with mask_ratio 0.5 exactly 3 of 6 positions are masked")
+    explain((masks.sum(axis=1) == 3).all(),
+            "mlm: with mask_ratio 0.5 exactly 3 of 6 positions are masked")
     explain_uniform_sets(masks, "mlm")
 
 
@@ -506,7 +551,8 @@ def test_mlm_draws_every_set_of_positions_equally_often():
 def test_mlm_draws_other_masks_at_every_step():
     x, batch, options = distinct_batch("mlm", 20)
     other = distinct_batch("mlm", 20, step=1)[1]
-    explain((batch.inputs != other.inputs).any(), "mlm: the masks are the same at every step: they must come from `draw`")
+    explain((batch.inputs != other.inputs).any(),
+            "mlm: the masks are the same at every step: they must come from `draw`")
 
 
 def explain_recurring_tokens(name):
@@ -536,8 +582,9 @@ def test_mlm_bert_corruption():
     make_bert = bert_of("mlm")
     batch, x, options, scored = make_bert(1000)
     counts = scored.sum(axis=1)
-    explain((counts == 16).all(), "mlm, corruption bert: round(0.5 * 32) = 16 positions of every sequence are scored, "
-                                  f"masked, replaced and unchanged ones, not {counts.min()} to {counts.max()}")
+    explain((counts == 16).all(),
+            "mlm, corruption bert: round(0.5 * 32) = 16 positions of every sequence are "
+            f"scored, masked, replaced and unchanged ones, not {counts.min()} to {counts.max()}")
     explain_bert_shares(make_bert, "mlm")
 
 
@@ -597,8 +644,10 @@ def test_bound_is_the_evidence_bound(seed):
         loss, orders = toy_loss(nll, all_masks(x, "bound")), any_order_nll(nll, x)
         likelihood = sum(math.exp(-v) for v in orders) / 6                      # mean over orders
         explain(math.isclose(3 * loss, sum(orders) / 6, rel_tol=1e-5),
-                "bound: T * loss must be the mean over all orders of the negative log-likelihood")
-        explain(3 * loss >= -math.log(likelihood) - 1e-6, "bound: T * loss is below -log P(x): it bounds nothing")
+                "bound: T * loss must be the mean over all orders of the negative "
+                "log-likelihood")
+        explain(3 * loss >= -math.log(likelihood) - 1e-6,
+                "bound: T * loss is below -log P(x): it bounds nothing")
 
 
 @pytest.mark.exercise3
@@ -610,7 +659,8 @@ def test_tokens_weighs_every_masked_token_the_same(seed):
     loss = toy_loss(nll, batch)
     explain(math.isclose(loss, sum(terms) / len(terms), rel_tol=1e-5),
             "tokens: the loss is the mean over all masked tokens")
-    explain(abs(loss - toy_loss(nll, all_masks(x, "bound"))) > 1e-3, "tokens and bound must differ")
+    explain(abs(loss - toy_loss(nll, all_masks(x, "bound"))) > 1e-3,
+            "tokens and bound must differ")
 
 # -----------------------------------------------------------------------------
 # Exercise 4: vlm
@@ -651,10 +701,13 @@ def test_vlm_hides_and_predicts_the_masked_positions(block_size, B, mask_range):
 def test_vlm_draws_a_ratio_for_every_sequence():
     """8 sequences at 5 steps: 8 independent counts agree with probability 2e-7, at all 5 steps below 1e-30."""
     counts = vlm_counts(B=8, steps=5)
-    explain((counts != counts[0, 0]).any(), f"vlm: the number of masked positions is always {counts[0, 0]}: with "
-                                            "mask_range 0.25 0.75 it is uniform on 4..12")
-    explain((counts != counts[:, :1]).any(), "vlm: all sequences of a batch share one mask ratio: every one draws its own")
-    explain((counts != counts[:1]).any(), "vlm: the mask ratios are the same at every step: they must come from `draw`")
+    explain((counts != counts[0, 0]).any(),
+            f"vlm: the number of masked positions is always {counts[0, 0]}: with mask_range "
+            "0.25 0.75 it is uniform on 4..12")
+    explain((counts != counts[:, :1]).any(),
+            "vlm: all sequences of a batch share one mask ratio: every one draws its own")
+    explain((counts != counts[:1]).any(),
+            "vlm: the mask ratios are the same at every step: they must come from `draw`")
 
 
 @pytest.mark.exercise4
@@ -662,12 +715,18 @@ def test_vlm_counts_lie_in_the_range():
     for mask_range, low, high in [(RANGE, 4, 12), ((0.15, 1.0), 2, 16)]:
         counts = vlm_counts(B=4, steps=200, mask_range=mask_range)
         words = f"mask_range {mask_range[0]} {mask_range[1]} of {T} positions is {low}..{high}"
-        explain(counts.min() >= low, f"vlm: a sequence has {counts.min()} masked positions, but {words}")
-        explain(counts.max() <= high, f"vlm: a sequence has {counts.max()} masked positions, but {words}")
+        explain(counts.min() >= low,
+                f"vlm: a sequence has {counts.min()} masked positions, but {words}")
+        explain(counts.max() <= high,
+                f"vlm: a sequence has {counts.max()} masked positions, but {words}")
         if mask_range != RANGE:         # of a uniform ratio, 0.7 % are rounded to 2 of 16
             continue
-        explain(counts.min() == low, f"vlm: the fewest masked positions of 800 sequences are {counts.min()}, but {words}")
-        explain(counts.max() == high, f"vlm: the most masked positions of 800 sequences are {counts.max()}, but {words}")
+        explain(counts.min() == low,
+                f"vlm: the fewest masked positions of 800 sequences are {counts.min()}, but "
+                f"{words}")
+        explain(counts.max() == high,
+                f"vlm: the most masked positions of 800 sequences are {counts.max()}, but "
+                f"{words}")
 
 
 @pytest.mark.exercise4
@@ -688,30 +747,34 @@ def test_vlm_ratio_is_uniform(B, steps, mask_range):
         seen = np.bincount(counts[:, i] - low, minlength=len(uniform))
         names = [f"a count of {count}" for count in range(low, high + 1)]
         explain(fits(seen, uniform, tests=B) or fits(seen, rounded_ratio(mask_range), tests=B),
-                f"vlm: the mask ratio is not uniform on {mask_range[0]} .. {mask_range[1]}: {extremes(seen, names)}")
+                f"vlm: the mask ratio is not uniform on {mask_range[0]} .. {mask_range[1]}: "
+                f"{extremes(seen, names)}")
 
 
 @pytest.mark.exercise4
 @pytest.mark.parametrize("ratio,count", [(0.15, 2), (0.4, 6), (1.0, 16)])
 def test_vlm_with_one_ratio_masks_as_many_as_mlm(ratio, count):
     counts = vlm_counts(B=8, steps=5, mask_range=(ratio, ratio))
-    explain((counts == count).all(), f"vlm with mask_range {ratio} {ratio} is mlm with mask_ratio {ratio}: {count} of {T} "
-                                     f"positions, not {counts.min()} to {counts.max()}")
+    explain((counts == count).all(),
+            f"vlm with mask_range {ratio} {ratio} is mlm with mask_ratio {ratio}: {count} of "
+            f"{T} positions, not {counts.min()} to {counts.max()}")
 
 
 @pytest.mark.exercise4
 def test_vlm_draws_every_set_of_positions_equally_often():
     x, batch, options = distinct_batch("vlm", 10_000, block_size=6, mask_range=(0.5, 0.5))
     masks = scored_positions(batch, x, options)
-    explain((masks.sum(axis=1) == 3).all(), "vlm: with mask_range 0.5 0.5 exactly 3 of 6 positions are masked")
+    explain((masks.sum(axis=1) == 3).all(),
+            "vlm: with mask_range 0.5 0.5 exactly 3 of 6 positions are masked")
     explain_uniform_sets(masks, "vlm")
     x, batch, options = distinct_batch("vlm", 15_000, block_size=6, mask_range=(1 / 3, 2 / 3))
     masks = scored_positions(batch, x, options)
     names = [f"position {k + 1}" for k in range(6)]
     for count in (2, 3, 4):
         rows = masks[masks.sum(axis=1) == count]
-        explain_uniform(rows.sum(axis=0), names, f"vlm: among sequences with {count} masked positions, the positions "
-                                                 "are not masked equally often", tests=3)
+        explain_uniform(rows.sum(axis=0), names,
+                        f"vlm: among sequences with {count} masked positions, the positions "
+                        "are not masked equally often", tests=3)
         if count == 3:
             explain_uniform_sets(rows, "vlm")
 
@@ -727,8 +790,8 @@ def test_vlm_bert_corruption():
     batch, x, options, scored = make_bert(1000)
     counts = scored.sum(axis=1)
     explain(counts.min() >= 8 and counts.max() <= 24,
-            "vlm, corruption bert: 8..24 of 32 positions are scored, masked, replaced and unchanged ones, "
-            f"not {counts.min()} to {counts.max()}")
+            "vlm, corruption bert: 8..24 of 32 positions are scored, masked, replaced and "
+            f"unchanged ones, not {counts.min()} to {counts.max()}")
     explain_bert_shares(make_bert, "vlm")
 
 
