@@ -89,7 +89,8 @@ def place_of(tokens, x):
     where = np.full(max(x.max(), tokens.max()) + 1, -1)
     where[x.ravel()] = np.arange(x.size)
     place = where[tokens]
-    return np.where(place < 0, -1, place // x.shape[1]), np.where(place < 0, -1, place % x.shape[1])
+    row, column = divmod(place, x.shape[1])
+    return np.where(place < 0, -1, row), np.where(place < 0, -1, column)
 
 
 def used_slots(batch):
