@@ -911,7 +911,8 @@ def span(x, draw, options):
 
 
 GENERIC = [test_a_model_can_be_trained_on_the_batch, test_passes_the_check_before_training,
-           test_shapes_and_types, test_does_not_depend_on_how_the_batch_is_cut, test_is_a_pure_function_of_seed_step_and_index]
+           test_shapes_and_types, test_does_not_depend_on_how_the_batch_is_cut,
+           test_is_a_pure_function_of_seed_step_and_index]
 
 
 @pytest.mark.design
