@@ -288,8 +288,12 @@ def check(options):
 # -----------------------------------------------------------------------------
 # A wrong Batch gets a sentence before the first step
 
+class WrongBatch(ValueError):
+    """What is wrong with a Batch, in one line."""
+
+
 def check_batch(batch, options):
-    """Raises ValueError, one line, if no model can be trained on this Batch.
+    """Raises WrongBatch, one line, if no model can be trained on this Batch.
 
     For the first batch of a run. int32 will do for int64, and a tensor for an array: the model takes both.
     """
@@ -347,7 +351,7 @@ def check_batch(batch, options):
 
 
 def check_objective(options, steps=3, B=4):
-    """Raises ValueError, one line, if the objective itself is wrong.
+    """Raises WrongBatch, one line, if the objective itself is wrong.
 
     It is tried on windows in which no token occurs twice, so that a token tells its place. Then a target
     that the model sees is a leak. BERT's corruption shows some on purpose, so it is switched off here.
@@ -376,7 +380,7 @@ def check_objective(options, steps=3, B=4):
 
 
 def check_leak(batch, options):
-    """Raises ValueError if a target is among the tokens that its position sees. No token occurs twice."""
+    """Raises WrongBatch if a target is among the tokens that its position sees. No token occurs twice."""
     causal = OBJECTIVES[options.objective].causal
     attention = "causal" if causal else "bidirectional"
     used = batch.weights > 0
@@ -401,4 +405,4 @@ def first_outside(values, last):
 
 def require(condition, message):
     if not condition:
-        raise ValueError(message)
+        raise WrongBatch(message)

@@ -12,7 +12,7 @@ import traceback
 import numpy as np
 import pytest
 
-from objectives import OBJECTIVES, Batch, check_batch
+from objectives import OBJECTIVES, Batch, WrongBatch, check_batch
 
 
 def explain(condition, message):
@@ -64,7 +64,7 @@ def checked(name, batch, options, given, x):
     explain(batch is not None, f"{name} returns nothing (None): it must return a Batch")
     try:
         check_batch(batch, options)
-    except ValueError as error:
+    except WrongBatch as error:
         pytest.fail(f"{name}: {error}", pytrace=False)
     explain(np.array_equal(given, x),
             f"{name} changes the token windows x that it was given: work on a copy")

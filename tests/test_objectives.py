@@ -21,8 +21,8 @@ import objectives
 from grading import (call, checked, distinct_tokens, explain, explain_uniform, extremes, far_from_independent,
                      fits, make_batch, place_of, used_slots)
 from model import Config, Transformer
-from objectives import (GOLDEN, OBJECTIVES, Batch, Draw, Objective, Options, check, check_batch,
-                        check_objective, mask_batch, most_masked, spread, uniform_masks, window_size)
+from objectives import (GOLDEN, OBJECTIVES, Batch, Draw, Objective, Options, WrongBatch, check,
+                        check_batch, check_objective, mask_batch, most_masked, spread, window_size)
 
 T = 16          # block_size of most tests
 
@@ -929,7 +929,7 @@ def test_a_fifth_objective_is_tested_once_it_is_in_the_table(monkeypatch):
         return batch._replace(inputs=x[:, :options.block_size])
 
     monkeypatch.setitem(OBJECTIVES, "span", Objective(leaks, causal=False))
-    with pytest.raises(ValueError, match="leak"):
+    with pytest.raises(WrongBatch, match="leak"):
         test_passes_the_check_before_training("span", {})
 
 # -----------------------------------------------------------------------------
@@ -979,7 +979,7 @@ def test_a_wrong_batch_gets_a_sentence(name, mistake, sentence):
     options = make_options(name)
     batch = OBJECTIVES[name].batch(random_tokens(options, 3), Draw(0, 0, range(3)), options)
     check_batch(batch, options)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(WrongBatch) as error:
         check_batch(mistake(batch), options)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
@@ -1034,7 +1034,7 @@ def slots_as_needed(x, draw, options):
     ("vlm", lambda x, draw, options: None, "must return a Batch")])
 def test_a_wrong_objective_gets_a_sentence(monkeypatch, name, function, sentence):
     monkeypatch.setitem(OBJECTIVES, name, OBJECTIVES[name]._replace(batch=function))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(WrongBatch) as error:
         check_objective(make_options(name))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
@@ -1042,7 +1042,7 @@ def test_a_wrong_objective_gets_a_sentence(monkeypatch, name, function, sentence
 def test_a_leak_is_told_with_any_options(monkeypatch):
     """BERT's corruption shows some targets on purpose. That excuses no other leak."""
     monkeypatch.setitem(OBJECTIVES, "mlm", OBJECTIVES["mlm"]._replace(batch=shows_one))
-    with pytest.raises(ValueError, match="leak"):
+    with pytest.raises(WrongBatch, match="leak"):
         check_objective(make_options("mlm", corruption="bert"))
 
 # -----------------------------------------------------------------------------
