@@ -288,21 +288,26 @@ def check(options):
 # -----------------------------------------------------------------------------
 # A wrong Batch gets a sentence before the first step
 
-def check_batch(batch, options):
-    """Raises ValueError, one line, if no model can be trained on this Batch. For the first batch of a run.
+class WrongBatch(ValueError):
+    """What is wrong with a Batch, in one line."""
 
-    int32 will do for int64, and a tensor for an array: the model takes both.
+
+def check_batch(batch, options):
+    """Raises WrongBatch, one line, if no model can be trained on this Batch.
+
+    For the first batch of a run. int32 will do for int64, and a tensor for an array: the model takes both.
     """
     T = options.block_size
-    if not isinstance(batch, (tuple, list)) or len(batch) != 4:
-        raise ValueError(f"{options.objective} must return a Batch(inputs, positions, targets, weights), "
-                         f"not {type(batch).__name__}")
+    require(isinstance(batch, (tuple, list)) and len(batch) == 4,
+            f"{options.objective} must return a Batch(inputs, positions, targets, weights), "
+            f"not {type(batch).__name__}")
 
     # Types
     for field, value in zip(Batch._fields, batch):
-        if not hasattr(value, "__array__"):
-            raise ValueError(f"{field} must be a NumPy array, not {type(value).__name__}")
-    inputs, positions, targets, weights = batch = Batch(*[np.asarray(value) for value in batch])
+        is_array = hasattr(value, "__array__")
+        require(is_array, f"{field} must be a NumPy array, not {type(value).__name__}")
+    batch = Batch(*map(np.asarray, batch))
+    inputs, positions, targets, weights = batch
     for field in ("inputs", "positions", "targets"):
         dtype = getattr(batch, field).dtype
         require(dtype in (np.int32, np.int64), f"{field} must be int64, not {dtype}")
@@ -316,21 +321,22 @@ def check_batch(batch, options):
     require(N > 0, "positions is empty: no position is scored")
     require(targets.ndim == 2 and len(targets) == N and targets.size > 0,
             f"targets must be (N, K) with N = {N} as in positions, not {targets.shape}")
-    require(weights.shape == (N,), f"weights must be (N,) with N = {N} as in positions, not {weights.shape}")
+    require(weights.shape == (N,),
+            f"weights must be (N,) with N = {N} as in positions, not {weights.shape}")
 
     # Ids. Unused slots are looked up as well: 0 times an infinite loss is not a number
     mask_token = options.mask_token
-    bad = inputs[(inputs < 0) | (inputs > mask_token)]
-    require(bad.size == 0, f"inputs hold the id {first(bad)}: ids are 0 .. {mask_token}, "
-                           f"of which {mask_token} is the mask token")
+    bad = first_outside(inputs, mask_token)
+    require(bad is None, f"inputs hold the id {bad}: ids are 0 .. {mask_token}, "
+                         f"of which {mask_token} is the mask token")
     require(not (targets == mask_token).any(),
             f"a target is the mask token, {mask_token}: targets are text, in unused slots too")
-    bad = targets[(targets < 0) | (targets > mask_token)]
-    require(bad.size == 0, f"a target is {first(bad)}: targets are ids of text, 0 .. {mask_token - 1}, "
-                           "in unused slots too (they have weight 0)")
-    bad = positions[(positions < 0) | (positions >= inputs.size)]
-    require(bad.size == 0, f"positions hold {first(bad)}: they index the flattened inputs, "
-                           f"0 .. B*T-1 = {inputs.size - 1}")
+    bad = first_outside(targets, mask_token)
+    require(bad is None, f"a target is {bad}: targets are ids of text, 0 .. {mask_token - 1}, "
+                         "in unused slots too (they have weight 0)")
+    bad = first_outside(positions, inputs.size - 1)
+    require(bad is None, f"positions hold {bad}: they index the flattened inputs, "
+                         f"0 .. B*T-1 = {inputs.size - 1}")
 
     # Weights
     require(np.isfinite(weights).all(), "a weight is not finite")
@@ -339,54 +345,64 @@ def check_batch(batch, options):
     if not OBJECTIVES[options.objective].causal:
         place, times = np.unique(positions[weights > 0], return_counts=True)
         sequence, position = divmod(int(place[times.argmax()]), T)
-        require(times.max() == 1, f"position {position + 1} of sequence {sequence + 1} is scored "
-                                  f"{times.max()} times: a masked token has one slot")
+        require(times.max() == 1,
+                f"position {position + 1} of sequence {sequence + 1} is scored {times.max()} "
+                "times: a masked token has one slot")
 
 
 def check_objective(options, steps=3, B=4):
-    """Raises ValueError, one line, if the objective itself is wrong: it is tried on windows in which no
-    token occurs twice, so that a token tells its place. Then a target that the inputs show is a leak:
-    under causal attention one at or before its position, otherwise one anywhere in the sequence.
+    """Raises WrongBatch, one line, if the objective itself is wrong.
 
-    BERT's corruption shows some targets on purpose, so it is switched off here.
+    It is tried on windows in which no token occurs twice, so that a token tells its place. Then a target
+    that the model sees is a leak. BERT's corruption shows some on purpose, so it is switched off here.
     """
     width = window_size(options)
     vocab_size = max(options.vocab_size, B * width)
     options = replace(options, vocab_size=vocab_size, corruption="mask")
-    causal = OBJECTIVES[options.objective].causal
-    slots = None
+    name = options.objective
+    slots = []
 
     for step in range(steps):
         tokens = np.random.default_rng(step).permutation(vocab_size)
         x = tokens[:B * width].reshape(B, width)
         given = x.copy()
-        batch = OBJECTIVES[options.objective].batch(given, Draw(0, step, range(B)), options)
+        batch = OBJECTIVES[name].batch(given, Draw(0, step, range(B)), options)
         check_batch(batch, options)
-        require(np.array_equal(given, x), f"{options.objective} changes the windows that it is given")
+        require(np.array_equal(given, x), f"{name} changes the windows that it is given")
+        batch = Batch(*map(np.asarray, batch))
+        check_leak(batch, options)
 
         # Compiled code wants the same shapes at every step
-        N = len(batch[1])
-        require(slots in (None, N), f"the number of scored positions, N, changes from {slots} to {N}: "
-                                    "fill it up with slots of weight 0, so that it is the same at every step")
-        slots = N
-
-        # What each scored position sees, and what it must predict
-        inputs, positions, targets, weights = [np.asarray(value) for value in batch]
-        positions, targets = positions[weights > 0], targets[weights > 0]
-        pairs = np.column_stack((positions, targets))
-        require(len(np.unique(pairs, axis=0)) == len(pairs), "a position is scored twice on the same target")
-        for position, alternatives in zip(positions, targets):
-            sequence, k = divmod(int(position), options.block_size)
-            visible = inputs[sequence, :k + 1] if causal else inputs[sequence]
-            leaked = np.isin(alternatives, visible)
-            require(not leaked.any(), f"leak: the target of position {k + 1} is a token that the model sees "
-                                      f"under {'causal' if causal else 'bidirectional'} attention")
+        slots.append(len(batch.positions))
+        require(slots[0] == slots[-1],
+                f"the number of scored positions, N, changes from {slots[0]} to {slots[-1]}: "
+                "fill it up with slots of weight 0, so that it is the same at every step")
 
 
-def first(values):
-    return values[0] if len(values) else None
+def check_leak(batch, options):
+    """Raises WrongBatch if a target is among the tokens that its position sees. No token occurs twice."""
+    causal = OBJECTIVES[options.objective].causal
+    attention = "causal" if causal else "bidirectional"
+    used = batch.weights > 0
+    positions, targets = batch.positions[used], batch.targets[used]
+
+    pairs = np.column_stack((positions, targets))
+    twice = len(np.unique(pairs, axis=0)) < len(pairs)
+    require(not twice, "a position is scored twice on the same target")
+    for position, alternatives in zip(positions, targets):
+        sequence, k = divmod(int(position), options.block_size)
+        visible = batch.inputs[sequence, :k + 1] if causal else batch.inputs[sequence]
+        leaked = np.isin(alternatives, visible).any()
+        require(not leaked, f"leak: the target of position {k + 1} is a token that the model sees "
+                            f"under {attention} attention")
+
+
+def first_outside(values, last):
+    """The first of an array's values that is not in 0 .. last, or None."""
+    bad = values[(values < 0) | (values > last)]
+    return bad[0] if len(bad) else None
 
 
 def require(condition, message):
     if not condition:
-        raise ValueError(message)
+        raise WrongBatch(message)

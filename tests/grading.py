@@ -6,12 +6,13 @@ it is written. So positions may come in any order, unused slots (weight 0) may b
 have any common factor, and random numbers may come from anywhere.
 """
 import math
+import os
 import traceback
 
 import numpy as np
 import pytest
 
-from objectives import Batch, check_batch
+from objectives import OBJECTIVES, Batch, WrongBatch, check_batch
 
 
 def explain(condition, message):
@@ -32,8 +33,18 @@ def call(function, *arguments):
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         name = getattr(function, "__name__", "the function")
-        pytest.fail(f"{name} raises {reason} (line {last.lineno} of {last.filename}: {last.line})",
-                    pytrace=False)
+        where = f"line {last.lineno} of {os.path.basename(last.filename)}: {last.line}"
+        pytest.fail(f"{name} raises {reason} ({where}){hint(error, arguments)}", pytrace=False)
+
+
+def hint(error, arguments):
+    """What an IndexError of an objective usually means."""
+    options = arguments[-1]
+    if not isinstance(error, IndexError) or not OBJECTIVES[options.objective].causal:
+        return ""
+    ahead = OBJECTIVES[options.objective].ahead(options)
+    return (f"; a window has {options.block_size} + {ahead} tokens: "
+            f"no target can lie farther ahead than {ahead}")
 
 
 def make_batch(function, x, draw, options):
@@ -41,17 +52,19 @@ def make_batch(function, x, draw, options):
     __tracebackhide__ = True
     given = x.copy()
     batch = call(function, given, draw, options)
-    return checked(batch, options, given, x)
+    return checked(options.objective, batch, options, given, x)
 
 
-def checked(batch, options, given, x):
-    """The fields of a Batch as arrays. given: the windows that were passed in, x: what they held before."""
+def checked(name, batch, options, given, x):
+    """The fields of a Batch as arrays.
+
+    name: of the function that made it. given: the windows that were passed in, x: what they held before.
+    """
     __tracebackhide__ = True
-    name = options.objective
     explain(batch is not None, f"{name} returns nothing (None): it must return a Batch")
     try:
         check_batch(batch, options)
-    except ValueError as error:
+    except WrongBatch as error:
         pytest.fail(f"{name}: {error}", pytrace=False)
     explain(np.array_equal(given, x),
             f"{name} changes the token windows x that it was given: work on a copy")
@@ -64,8 +77,11 @@ def checked(batch, options, given, x):
 # Windows in which a token tells its place
 
 def distinct_tokens(B, width, seed=0):
-    """(B, width) ids in which none occurs twice, in no order, so that nobody can compute the next token."""
-    return np.random.default_rng(seed).permutation(B * width).reshape(B, width)
+    """(B, width) ids 1 .. B*width, each once, in no order, so that nobody can compute the next token.
+
+    Token 0 is not among them: what goes wrong with it has a test and a sentence of its own.
+    """
+    return 1 + np.random.default_rng(seed).permutation(B * width).reshape(B, width)
 
 
 def place_of(tokens, x):
@@ -73,7 +89,8 @@ def place_of(tokens, x):
     where = np.full(max(x.max(), tokens.max()) + 1, -1)
     where[x.ravel()] = np.arange(x.size)
     place = where[tokens]
-    return np.where(place < 0, -1, place // x.shape[1]), np.where(place < 0, -1, place % x.shape[1])
+    row, column = divmod(place, x.shape[1])
+    return np.where(place < 0, -1, row), np.where(place < 0, -1, column)
 
 
 def used_slots(batch):
@@ -127,6 +144,8 @@ def far_from_independent(first, second, levels):
     first, second: at least 500 * levels**2 numbers each, so that this is 6 standard deviations. Weaker
     dependence is a matter of taste (drawing without replacement lowers the variance).
     """
+    n = min(len(first), len(second))
+    first, second = first[:n], second[:n]
     pairs = np.bincount(first * levels + second, minlength=levels ** 2)
-    expected = len(first) / levels ** 2
+    expected = n / levels ** 2
     return bool((np.abs(pairs - expected) > 0.3 * expected).any())

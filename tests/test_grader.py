@@ -1,0 +1,1113 @@
+"""
+The grader is graded: right solutions of exercises 1 to 4, however written, pass; wrong ones fail, each with
+words that name the mistake.
+
+    python -m pytest tests/test_grader.py       # a minute and a half
+
+A solution is a function that stands in for one of objectives.py. The exercise's tests then run as
+`python -m pytest -x -m exerciseN` would run them.
+"""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import objectives
+from conftest import in_words
+from objectives import OBJECTIVES, Batch, mask_count
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+REFERENCE = vars(objectives).copy()
+
+
+class Failures:
+    """A pytest plugin that keeps the words of every failure."""
+    def __init__(self):
+        self.words = []
+        self.passed = 0
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.words.append(in_words(report))
+        elif report.when == "call":
+            self.passed += 1
+
+
+def grade(monkeypatch, number, functions, first_only=True):
+    """Failures of the tests of one exercise, with the functions {name: function} in objectives.py."""
+    for name, function in functions.items():
+        monkeypatch.setattr(objectives, name, function)
+        if name in OBJECTIVES:
+            monkeypatch.setitem(OBJECTIVES, name, OBJECTIVES[name]._replace(batch=function))
+    failures = Failures()
+    arguments = ["-m", f"exercise{number}", "-p", "no:terminal", "-p", "no:cacheprovider", "-W", "ignore"]
+    if first_only:
+        arguments.append("-x")
+    code = pytest.main([*arguments, str(ROOT / "tests" / "test_objectives.py")], plugins=[failures])
+    assert code == bool(failures.words)
+    return failures
+
+
+RIGHT = []      # (exercise, function to replace, solution)
+WRONG = []      # (exercise, function to replace, solution, words of the first failure)
+
+
+def right(number, name):
+    def enter(solution):
+        RIGHT.append(pytest.param(number, name, solution, id=f"{name}-{solution.__name__}"))
+        return solution
+    return enter
+
+
+def wrong(number, name, words):
+    def enter(solution):
+        WRONG.append(pytest.param(number, name, solution, words, id=f"{name}-{solution.__name__}"))
+        return solution
+    return enter
+
+
+def ones(n):
+    return np.ones(n, dtype=np.float32)
+
+# -----------------------------------------------------------------------------
+# Exercise 1: right
+
+@right(1, "ar")
+def ar_loops(x, draw, options):
+    inputs, positions, targets = [], [], []
+    for b, row in enumerate(x):
+        inputs.append([row[k] for k in range(options.block_size)])
+        for k in range(options.block_size):
+            positions.append(b * options.block_size + k)
+            targets.append([row[k + 1]])
+    return Batch(np.array(inputs), np.array(positions), np.array(targets), ones(len(positions)))
+
+
+@right(1, "ar")
+def ar_shuffled_in_int32_as_a_tuple(x, draw, options):
+    order = np.random.permutation(len(x) * options.block_size).astype(np.int32)
+    targets = x[:, 1:].astype(np.int32).ravel()[order]
+    return x[:, :-1].astype(np.int32), order, targets[:, None], ones(len(order))
+
+
+@right(1, "ar")
+def ar_tensors(x, draw, options):
+    tokens = torch.from_numpy(x)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1, 1)
+    return Batch(inputs, torch.arange(targets.shape[0]), targets, torch.ones(targets.shape[0]))
+
+
+@right(1, "ar")
+def ar_column_by_column_with_unused_slots(x, draw, options):
+    B, T = len(x), options.block_size
+    positions = np.arange(B * T).reshape(B, T).T.ravel()
+    targets = np.concatenate([x[:, k + 1] for k in range(T)])
+    unused = np.zeros(3, dtype=np.int64)
+    return Batch(x[:, :T], np.concatenate((positions, unused)), np.concatenate((targets, unused))[:, None],
+                 np.concatenate((2 * ones(B * T), 0 * ones(3))))
+
+
+@right(1, "ar")
+def ar_is_dar_with_lookahead_1(x, draw, options):
+    return objectives.dar(x, draw, objectives.replace(options, lookahead=1))
+
+# -----------------------------------------------------------------------------
+# Exercise 1: wrong
+
+def causal(inputs, targets):
+    return Batch(inputs, np.arange(targets.size), targets.reshape(-1, 1), ones(targets.size))
+
+
+@wrong(1, "ar", "every target is the token at its own position, which the model sees")
+def ar_predicts_its_input(x, draw, options):
+    return causal(x[:, :-1], x[:, :-1])
+
+
+@wrong(1, "ar", "which the model sees: offset -")
+def ar_predicts_the_last_token(x, draw, options):
+    return causal(x[:, :-1], np.roll(x[:, :-1], 1, axis=1))
+
+
+@wrong(1, "ar", "3 tokens ahead")
+def ar_two_too_far(x, draw, options):
+    if options.block_size < 4:
+        return REFERENCE["ar"](x, draw, options)
+    targets = np.concatenate((x[:, 3:], x[:, -1:], x[:, -1:]), axis=1)
+    return causal(x[:, :-1], targets)
+
+
+@wrong(1, "ar", "which the model sees")
+def ar_rolls_around(x, draw, options):
+    return causal(x[:, :-1], np.roll(x[:, :-1], -1, axis=1))
+
+
+@wrong(1, "ar", "the inputs must be the first T tokens")
+def ar_shifts_the_inputs(x, draw, options):
+    return causal(x[:, 1:], x[:, 1:])
+
+
+@wrong(1, "ar", "inputs must be (B, T) with T = 16, not (3, 17)")
+def ar_inputs_too_long(x, draw, options):
+    return causal(x, x[:, 1:])
+
+
+@wrong(1, "ar", "targets must be (N, K)")
+def ar_flat_targets(x, draw, options):
+    return REFERENCE["ar"](x, draw, options)._replace(targets=x[:, 1:].ravel())
+
+
+@wrong(1, "ar", "every position must be scored, but position 1 of sequence 1 is not")
+def ar_scores_the_last_only(x, draw, options):
+    batch = REFERENCE["ar"](x, draw, options)
+    weights = np.zeros(x[:, 1:].shape, dtype=np.float32)
+    weights[:, -1] = 1
+    return batch._replace(weights=weights.ravel())
+
+
+@wrong(1, "ar", "token 0 are not scored: 0 is a token like any other")
+def ar_drops_token_0(x, draw, options):
+    batch = REFERENCE["ar"](x, draw, options)
+    return batch._replace(weights=(batch.targets[:, 0] > 0).astype(np.float32))
+
+
+@wrong(1, "ar", "all positions must have the same weight")
+def ar_weighs_late_positions_more(x, draw, options):
+    batch = REFERENCE["ar"](x, draw, options)
+    return batch._replace(weights=1 + (batch.positions % options.block_size).astype(np.float32))
+
+
+@wrong(1, "ar", "changes the token windows")
+def ar_in_place(x, draw, options):
+    batch = REFERENCE["ar"](x.copy(), draw, options)
+    x[:, :-1] = x[:, 1:].copy()
+    return batch
+
+
+@wrong(1, "ar", "a target comes from another sequence")
+def ar_flattens_first(x, draw, options):
+    T = options.block_size
+    rolled = np.roll(x[:, :T].ravel(), -1).reshape(-1, T)
+    return causal(x[:, :T], rolled)
+
+
+@wrong(1, "ar", "weights must be float32, not float64")
+def ar_float64(x, draw, options):
+    return REFERENCE["ar"](x, draw, options)._replace(weights=np.ones(x[:, 1:].size))
+
+
+@wrong(1, "ar", "ar returns nothing (None)")
+def ar_returns_nothing(x, draw, options):
+    pass
+
+
+@wrong(1, "ar", "ar_misspelt raises AttributeError")
+def ar_misspelt(x, draw, options):
+    return causal(x[:, :options.blocksize], x[:, 1:])
+
+# -----------------------------------------------------------------------------
+# Exercise 2: right. `expectation` is the reference's where a solution only has another sample
+
+def with_offsets(s, x, options):
+    """The Batch in which position k of row b predicts x[b, k + s[b, k]]."""
+    T = options.block_size
+    place = np.arange(T) + s
+    return causal(x[:, :T], np.take_along_axis(x, place, axis=1))
+
+
+def is_sample(options):
+    return options.dar_estimator == "sample"
+
+
+@right(2, "dar")
+def dar_loops(x, draw, options):
+    T, t = options.block_size, options.lookahead
+    rng = np.random.default_rng()
+    positions, targets = [], []
+    for b in range(len(x)):
+        for k in range(T):
+            positions.append(b * T + k)
+            if is_sample(options):
+                targets.append([x[b, k + rng.integers(1, t + 1)]])
+            else:
+                targets.append([x[b, k + s] for s in range(t, 0, -1)])
+    return Batch(x[:, :T], np.array(positions), np.array(targets), ones(len(positions)))
+
+
+@right(2, "dar")
+def dar_random_numbers_from_the_step(x, draw, options):
+    T, t = options.block_size, options.lookahead
+    rng = np.random.default_rng(int(draw.offset))
+    if not is_sample(options):
+        return REFERENCE["dar"](x, draw, options)
+    return with_offsets(rng.choice(np.arange(1, t + 1), size=(len(x), T)), x, options)
+
+
+@right(2, "dar")
+def dar_ceiling_of_a_uniform(x, draw, options):
+    draw.per_sequence(3)
+    s = np.ceil((1 - draw.per_sequence(options.block_size)) * options.lookahead).astype(np.int64)
+    return with_offsets(s, x, options) if is_sample(options) else REFERENCE["dar"](x, draw, options)
+
+
+@right(2, "dar")
+def dar_torch(x, draw, options):
+    T, t = options.block_size, options.lookahead
+    ahead = torch.from_numpy(x).unfold(1, t, 1)[:, 1:]                      # (B, T, t)
+    if is_sample(options):
+        ahead = ahead.gather(2, torch.randint(t, (len(x), T, 1)))
+    targets = ahead.reshape(len(x) * T, -1)
+    return Batch(torch.from_numpy(x[:, :T]), torch.arange(len(targets)), targets, torch.ones(len(targets)))
+
+
+@right(2, "dar")
+def dar_one_slot_per_alternative(x, draw, options):
+    T, t = options.block_size, options.lookahead
+    if is_sample(options):
+        return REFERENCE["dar"](x, draw, options)
+    positions = np.tile(np.arange(len(x) * T), t)
+    targets = np.concatenate([x[:, s:T + s].ravel() for s in range(1, t + 1)])
+    return Batch(x[:, :T], positions, targets[:, None], ones(len(positions)) / np.float32(t))
+
+
+@right(2, "dar")
+def dar_offset_by_offset(x, draw, options):
+    T, t = options.block_size, options.lookahead
+    if not is_sample(options):
+        return REFERENCE["dar"](x, draw, options)
+    u = draw.per_sequence(T)
+    parts = []
+    for s in range(1, t + 1):
+        row, k = np.nonzero((u >= (s - 1) / t) & (u < s / t))
+        parts.append((row * T + k, x[row, k + s]))
+    positions, targets = [np.concatenate(part) for part in zip(*parts)]
+    return Batch(x[:, :T], positions, targets[:, None], ones(len(positions)))
+
+
+@right(2, "dar")
+def dar_every_offset_equally_often(x, draw, options):
+    """Offsets 1..t in turn, in random order over the sequence: what is left over is drawn as well."""
+    T, t = options.block_size, options.lookahead
+    if not is_sample(options):
+        return REFERENCE["dar"](x, draw, options)
+    start = (draw.per_sequence(1) * t).astype(int)
+    order = draw.per_sequence(T).argsort(axis=1)
+    return with_offsets((order + start) % t + 1, x, options)
+
+# -----------------------------------------------------------------------------
+# Exercise 2: wrong
+
+def wrong_sample(words):
+    """For functions (x, draw, options) -> (B, T) offsets."""
+    def enter(offsets):
+        def dar(x, draw, options):
+            if not is_sample(options):
+                return REFERENCE["dar"](x, draw, options)
+            s = np.broadcast_to(offsets(x, draw, options), (len(x), options.block_size))
+            return with_offsets(s, x, options)
+        dar.__name__ = offsets.__name__
+        return wrong(2, "dar", words)(dar)
+    return enter
+
+
+@wrong_sample("which the model sees")
+def dar_offsets_from_0(x, draw, options):
+    return (draw.per_sequence(options.block_size) * options.lookahead).astype(int)
+
+
+@wrong_sample("no target can lie farther ahead than 3")
+def dar_offsets_to_t_plus_1(x, draw, options):
+    return 1 + (draw.per_sequence(options.block_size) * (options.lookahead + 1)).astype(int)
+
+
+@wrong_sample("with lookahead 2, offset 2 is never drawn")
+def dar_offsets_below_t(x, draw, options):
+    return 1 + (draw.per_sequence(options.block_size) * max(1, options.lookahead - 1)).astype(int)
+
+
+@wrong_sample("all positions of a sequence share one offset")
+def dar_one_offset_per_row(x, draw, options):
+    return 1 + (draw.per_sequence(1) * options.lookahead).astype(int)
+
+
+@wrong_sample("all positions of the batch have the same offset")
+def dar_one_offset_per_batch(x, draw, options):
+    return 1 + int(draw.offset) % options.lookahead
+
+
+@wrong_sample("all sequences of a batch share the same offsets")
+def dar_same_offsets_in_every_row(x, draw, options):
+    return 1 + (draw.per_sequence(options.block_size)[:1] * options.lookahead).astype(int)
+
+
+@wrong_sample("the same at every step")
+def dar_same_offsets_at_every_step(x, draw, options):
+    return np.random.default_rng(0).integers(1, options.lookahead + 1, size=(len(x), options.block_size))
+
+
+@wrong_sample("are not equally frequent")
+def dar_near_offsets_are_more_frequent(x, draw, options):
+    return 1 + (draw.per_sequence(options.block_size) ** 1.5 * options.lookahead).astype(int)
+
+
+@wrong_sample("are not equally frequent")
+def dar_first_offset_10_percent_too_frequent(x, draw, options):
+    u = draw.per_sequence(options.block_size)
+    t = options.lookahead
+    return np.where(u < 1.1 / t, 1, np.minimum(t, 2 + (u * (t - 1)).astype(int)))
+
+
+@wrong_sample("are not equally frequent")
+def dar_offsets_rounded(x, draw, options):
+    return 1 + np.rint(draw.per_sequence(options.block_size) * (options.lookahead - 1)).astype(int)
+
+
+@wrong_sample("offsets of neighbouring positions depend")
+def dar_pairs_of_positions_share_an_offset(x, draw, options):
+    s = 1 + (draw.per_sequence(options.block_size) * options.lookahead).astype(int)
+    s[:, 1::2] = s[:, 0::2][:, :s[:, 1::2].shape[1]]
+    return s
+
+
+@wrong(2, "dar", "one offset is drawn per position, but a position has several")
+def dar_sample_is_expectation(x, draw, options):
+    return REFERENCE["dar"](x, draw, objectives.replace(options, dar_estimator="expectation"))
+
+
+@wrong(2, "dar", "dar expectation: with lookahead 3")
+def dar_expectation_is_sample(x, draw, options):
+    return REFERENCE["dar"](x, draw, objectives.replace(options, dar_estimator="sample"))
+
+
+def wrong_expectation(words):
+    """For functions (x, options) -> (B, T, K) targets."""
+    def enter(alternatives):
+        def dar(x, draw, options):
+            if is_sample(options):
+                return REFERENCE["dar"](x, draw, options)
+            targets = alternatives(x, options)
+            n = targets.shape[0] * targets.shape[1]
+            return Batch(x[:, :options.block_size], np.arange(n), targets.reshape(n, -1), ones(n))
+        dar.__name__ = alternatives.__name__
+        return wrong(2, "dar", words)(dar)
+    return enter
+
+
+@wrong_expectation("which the model sees")
+def dar_expectation_from_0(x, options):
+    T, t = options.block_size, options.lookahead
+    return np.stack([x[:, s:T + s] for s in range(t)], axis=2)
+
+
+@wrong_expectation("has 2 of the 3 targets")
+def dar_expectation_without_the_last(x, options):
+    T, t = options.block_size, options.lookahead
+    return np.stack([x[:, s:T + s] for s in range(1, max(2, t))], axis=2)
+
+
+@wrong_expectation("must count the same, 1/3 each")
+def dar_expectation_weighs_the_next_twice(x, options):
+    T, t = options.block_size, options.lookahead
+    return np.stack([x[:, s:T + s] for s in [1, *range(1, t + 1)]], axis=2)
+
+
+@wrong_expectation("dar: a target")
+def dar_expectation_averages_ids(x, options):
+    T, t = options.block_size, options.lookahead
+    return np.stack([x[:, s:T + s] for s in range(1, t + 1)], axis=2).mean(axis=2, keepdims=True).astype(int)
+
+
+@wrong(2, "dar", "has 2 of the 3 targets")
+def dar_lookahead_always_2(x, draw, options):
+    return REFERENCE["dar"](x[:, :options.block_size + 2], draw, objectives.replace(options, lookahead=2)) \
+        if options.lookahead == 3 and not is_sample(options) else REFERENCE["dar"](x, draw, options)
+
+# -----------------------------------------------------------------------------
+# Exercise 3: right
+
+@right(3, "uniform_masks")
+def masks_choice(counts, draw, options):
+    rng = np.random.default_rng()
+    masked = np.zeros((len(counts), options.block_size), dtype=bool)
+    for i, count in enumerate(counts):
+        masked[i, rng.choice(options.block_size, size=count, replace=False)] = True
+    return masked
+
+
+@right(3, "uniform_masks")
+def masks_permuted(counts, draw, options):
+    first = np.arange(options.block_size) < counts[:, None]
+    return np.random.default_rng(int(draw.offset)).permuted(first, axis=1)
+
+
+@right(3, "uniform_masks")
+def masks_threshold(counts, draw, options):
+    u = draw.per_sequence(options.block_size)
+    threshold = np.sort(u, axis=1)[np.arange(len(u)), counts - 1]
+    return u <= threshold[:, None]
+
+
+@right(3, "uniform_masks")
+def masks_one_by_one(counts, draw, options):
+    """Selection sampling: each position in turn, with probability (still needed) / (still left)."""
+    T = options.block_size
+    u = draw.per_sequence(T)
+    needed = np.array(counts)
+    masked = np.zeros(u.shape, dtype=bool)
+    for k in range(T):
+        masked[:, k] = u[:, k] * (T - k) < needed
+        needed -= masked[:, k]
+    return masked
+
+
+@right(3, "uniform_masks")
+def masks_torch(counts, draw, options):
+    rank = torch.rand(len(counts), options.block_size).argsort(dim=1).argsort(dim=1)
+    return (rank < torch.from_numpy(np.asarray(counts))[:, None]).numpy()
+
+
+@right(3, "mask_batch")
+def mask_batch_loops(x, masked, slots, draw, options):
+    T, rng = options.block_size, np.random.default_rng()
+    inputs = x[:, :T].copy()
+    positions, targets, weights = [], [], []
+    for b in reversed(range(len(x))):
+        for k in range(T):
+            if not masked[b, k]:
+                continue
+            positions.append(b * T + k)
+            targets.append([x[b, k]])
+            weights.append(1 / masked[b].sum() if options.normalization == "bound" else 1)
+            inputs[b, k] = options.mask_token
+            if options.corruption == "bert":
+                kind = rng.random()
+                if kind >= 0.9:
+                    inputs[b, k] = x[b, k]
+                elif kind >= 0.8:
+                    inputs[b, k] = rng.integers(options.vocab_size)
+    return Batch(inputs, np.array(positions), np.array(targets), np.array(weights, dtype=np.float32))
+
+
+@right(3, "mask_batch")
+def mask_batch_scatters(x, masked, slots, draw, options):
+    """Unused slots point to the first position and have the target 0. Another scale of the weights."""
+    T = options.block_size
+    inputs = x[:, :T].copy()
+    row, k = np.nonzero(masked)
+    shuffle = np.random.permutation(len(row))
+    row, k = row[shuffle], k[shuffle]
+    positions, targets = np.zeros(slots, dtype=np.int64), np.zeros((slots, 1), dtype=np.int64)
+    weights = np.zeros(slots, dtype=np.float32)
+    positions[:len(row)], targets[:len(row), 0] = row * T + k, x[row, k]
+    weights[:len(row)] = 1 / len(row)
+    if options.normalization == "bound":
+        weights[:len(row)] = T / masked.sum(axis=1)[row] / len(x)
+    inputs[row, k] = options.mask_token
+    if options.corruption == "bert":
+        kind = np.random.choice(["mask", "random", "keep"], p=[0.8, 0.1, 0.1], size=len(row))
+        random = np.random.randint(0, options.vocab_size, size=len(row))
+        shown = np.where(kind == "random", random, x[row, k])
+        inputs[row, k] = np.where(kind == "mask", options.mask_token, shown)
+    return Batch(inputs, positions, targets, weights)
+
+
+@right(3, "mask_batch")
+def mask_batch_every_position_a_slot(x, masked, slots, draw, options):
+    T = options.block_size
+    x = x[:, :T]
+    weights = masked.astype(np.float32)
+    if options.normalization == "bound":
+        weights = weights / np.maximum(masked.sum(axis=1, keepdims=True), 1).astype(np.float32)
+    inputs = np.where(masked, options.mask_token, x)
+    if options.corruption == "bert":            # a random token is another one than the original
+        kind = draw.per_sequence(T)
+        other = (x + 1 + (draw.per_sequence(T) * (options.vocab_size - 1)).astype(int)) % options.vocab_size
+        inputs = np.where(masked & (kind < 0.1), other, inputs)
+        inputs = np.where(masked & (kind >= 0.9), x, inputs)
+    return Batch(inputs, np.arange(x.size), x.reshape(-1, 1), weights.ravel())
+
+
+@right(3, "mlm")
+def mlm_on_its_own(x, draw, options):
+    B, T = len(x), options.block_size
+    count = max(1, int(options.mask_ratio * T + 0.5))
+    masked = masks_choice(np.full(B, count), draw, options)
+    return mask_batch_loops(x, masked, None, draw, options)
+
+
+@right(3, "mlm")
+def mlm_rows(x, draw, options):
+    """One sequence at a time, and the batches put together."""
+    T = options.block_size
+    count = np.array([max(1, round(options.mask_ratio * T))])
+    parts = []
+    for b in range(len(x)):
+        masked = masks_choice(count, draw, options)
+        part = mask_batch_scatters(x[b:b + 1], masked, count[0], draw, options)
+        parts.append(part._replace(positions=part.positions + b * T))
+    return Batch(*[np.concatenate(fields) for fields in zip(*parts)])
+
+# -----------------------------------------------------------------------------
+# Exercise 3: wrong
+
+@wrong(3, "uniform_masks", "must have counts[")
+def masks_bernoulli(counts, draw, options):
+    return draw.per_sequence(options.block_size) < counts[:, None] / options.block_size
+
+
+@wrong(3, "uniform_masks", "must have counts[")
+def masks_with_replacement(counts, draw, options):
+    masked = np.zeros((len(counts), options.block_size), dtype=bool)
+    for i, count in enumerate(counts):
+        masked[i, np.random.randint(options.block_size, size=count)] = True
+    return masked
+
+
+@wrong(3, "uniform_masks", "must have counts[")
+def masks_one_too_many(counts, draw, options):
+    return draw.per_sequence(options.block_size).argsort(axis=1).argsort(axis=1) <= counts[:, None]
+
+
+@wrong(3, "uniform_masks", "must have counts[")
+def masks_same_count_in_all_rows(counts, draw, options):
+    return REFERENCE["uniform_masks"](np.full(len(counts), counts[0]), draw, options)
+
+
+@wrong(3, "uniform_masks", "the same positions are masked in every sequence")
+def masks_first_positions(counts, draw, options):
+    return np.arange(options.block_size) < counts[:, None]
+
+
+@wrong(3, "uniform_masks", "the same positions are masked in every sequence")
+def masks_same_for_all_rows(counts, draw, options):
+    return draw.per_sequence(options.block_size)[:1].argsort(axis=1).argsort(axis=1) < counts[:, None]
+
+
+@wrong(3, "uniform_masks", "always neighbours")
+def masks_spans(counts, draw, options):
+    T = options.block_size
+    start = (draw.per_sequence(1) * (T - counts[:, None] + 1)).astype(int)
+    return (np.arange(T) >= start) & (np.arange(T) < start + counts[:, None])
+
+
+@wrong(3, "uniform_masks", "the positions are not masked equally often")
+def masks_favour_late_positions(counts, draw, options):
+    u = draw.per_sequence(options.block_size) - 0.05 * np.arange(options.block_size)
+    return u.argsort(axis=1).argsort(axis=1) < counts[:, None]
+
+
+@wrong(3, "uniform_masks", "not all sets of positions are equally likely")
+def masks_argsort_once(counts, draw, options):
+    """Every k-th position from a random start: uniform for each position, but few sets occur."""
+    T = options.block_size
+    start = (draw.per_sequence(1) * T).astype(int)
+    return ((np.arange(T) + start) * counts[:, None]) % T < counts[:, None]
+
+
+@wrong(3, "uniform_masks", "the same at every step")
+def masks_fixed_seed(counts, draw, options):
+    return np.random.default_rng(0).permuted(np.arange(options.block_size) < counts[:, None], axis=1)
+
+
+@wrong(3, "uniform_masks", "the masks of two sequences depend on each other")
+def masks_pairs_of_rows(counts, draw, options):
+    u = draw.per_sequence(options.block_size)
+    u[1::2] = u[0::2][:len(u[1::2])]
+    return u.argsort(axis=1).argsort(axis=1) < counts[:, None]
+
+
+@wrong(3, "uniform_masks", "masked must be a bool array")
+def masks_of_positions(counts, draw, options):
+    return draw.per_sequence(options.block_size).argsort(axis=1)
+
+
+def wrong_mask_batch(words):
+    """For functions (batch, x, masked, options) -> Batch that spoil the right one."""
+    def enter(spoil):
+        def mask_batch(x, masked, slots, draw, options):
+            batch = REFERENCE["mask_batch"](x, masked, slots, draw, options)
+            return spoil(batch, x[:, :options.block_size], masked, options)
+        mask_batch.__name__ = spoil.__name__
+        return wrong(3, "mask_batch", words)(mask_batch)
+    return enter
+
+
+@wrong_mask_batch("no token is hidden: the model sees every target")
+def masks_nothing(batch, x, masked, options):
+    return batch._replace(inputs=x)
+
+
+@wrong_mask_batch("not the mask token")
+def masks_with_token_0(batch, x, masked, options):
+    return batch._replace(inputs=np.where(masked, 0, x))
+
+
+@wrong_mask_batch("not the mask token")
+def masks_with_the_last_token(batch, x, masked, options):
+    return batch._replace(inputs=np.where(masked, options.vocab_size - 1, x))
+
+
+@wrong_mask_batch("a target is the mask token")
+def predicts_the_mask_token(batch, x, masked, options):
+    return batch._replace(targets=batch.inputs.ravel()[batch.positions, None])
+
+
+@wrong_mask_batch("must predict its own token")
+def predicts_the_next_token(batch, x, masked, options):
+    return batch._replace(targets=np.roll(x.ravel(), -1)[batch.positions, None])
+
+
+@wrong_mask_batch("all positions are scored, the visible ones too")
+def scores_all(batch, x, masked, options):
+    return Batch(batch.inputs, np.arange(x.size), x.reshape(-1, 1), ones(x.size))
+
+
+@wrong_mask_batch("is scored but not masked: the model sees its target")
+def scores_the_unused_slots(batch, x, masked, options):
+    return batch._replace(weights=np.maximum(batch.weights, batch.weights.max()))
+
+
+@wrong_mask_batch("is hidden, but `masked` says visible")
+def masks_the_others(batch, x, masked, options):
+    return REFERENCE["mask_batch"](x, ~masked, x.size, objectives.Draw(0, 0, range(len(x))), options)
+
+
+@wrong_mask_batch("masked positions are not scored")
+def scores_half(batch, x, masked, options):
+    keep = batch.weights * (np.arange(len(batch.weights)) % 2 == 0)
+    return batch._replace(weights=keep.astype(np.float32))
+
+
+@wrong_mask_batch("whose token is 0 are not scored: 0 is a token like any other")
+def sentinel_0(batch, x, masked, options):
+    if not (x[masked] > 0).any():
+        return batch
+    return batch._replace(weights=batch.weights * (batch.targets[:, 0] > 0))
+
+
+@wrong_mask_batch("every masked token must have the same weight")
+def weights_of_the_other_normalization(batch, x, masked, options):
+    counts = np.maximum(masked.sum(axis=1), 1)[batch.positions // options.block_size]
+    return batch._replace(weights=(batch.weights > 0) / counts.astype(np.float32))
+
+
+@wrong_mask_batch("the weights of every sequence must have the same sum")
+def bound_is_tokens(batch, x, masked, options):
+    return batch._replace(weights=(batch.weights > 0).astype(np.float32))
+
+
+@wrong_mask_batch("the weights of every sequence must have the same sum")
+def bound_multiplies(batch, x, masked, options):
+    if options.normalization == "tokens":
+        return batch
+    counts = masked.sum(axis=1)[batch.positions // options.block_size]
+    return batch._replace(weights=((batch.weights > 0) * counts).astype(np.float32))
+
+
+@wrong(3, "mask_batch", "changes the token windows")
+def mask_batch_in_place(x, masked, slots, draw, options):
+    original = x.copy()
+    x[:, :options.block_size][masked] = options.mask_token
+    return REFERENCE["mask_batch"](original, masked, slots, draw, options)
+
+
+def wrong_bert(words, number=3, name="mask_batch"):
+    """For functions (x, kind, random, options) -> what masked positions show. kind, random: in [0, 1)."""
+    def enter(show):
+        def mask_batch(x, masked, slots, draw, options):
+            plain = objectives.replace(options, corruption="mask")
+            batch = REFERENCE["mask_batch"](x, masked, slots, draw, plain)
+            if options.corruption == "mask":
+                return batch
+            T = options.block_size
+            shown = show(x[:, :T], draw.per_sequence(T), draw.per_sequence(T), options)
+            return batch._replace(inputs=np.where(masked, shown, x[:, :T]).astype(np.int64))
+        mask_batch.__name__ = show.__name__
+        return wrong(number, name, words)(mask_batch)
+    return enter
+
+
+@wrong_bert("instead of 80, 10, 10")
+def bert_ignored(x, kind, random, options):
+    return np.full(x.shape, options.mask_token)
+
+
+@wrong_bert("instead of 80, 10, 10")
+def bert_80_20_0(x, kind, random, options):
+    return np.where(kind < 0.8, options.mask_token, (random * options.vocab_size).astype(int))
+
+
+@wrong_bert("instead of 80, 10, 10")
+def bert_80_2_18(x, kind, random, options):
+    """The second draw takes 10 % of what is left instead of half."""
+    other = np.where(random < 0.1, (random * 10 * options.vocab_size).astype(int), x)
+    return np.where(kind < 0.8, options.mask_token, other)
+
+
+@wrong_bert("random tokens are not uniform on 0 .. vocab_size-1")
+def bert_random_may_be_the_mask_token(x, kind, random, options):
+    other = (random * (options.vocab_size + 1)).astype(int)
+    return np.where(kind < 0.8, options.mask_token, np.where(kind < 0.9, other, x))
+
+
+@wrong_bert("are not uniform")
+def bert_random_is_never_0(x, kind, random, options):
+    other = 1 + (random * (options.vocab_size - 1)).astype(int)
+    return np.where(kind < 0.8, options.mask_token, np.where(kind < 0.9, other, x))
+
+
+@wrong_bert("treated alike")
+def bert_one_kind_per_sequence(x, kind, random, options):
+    kind = (np.arange(len(x))[:, None] * 0.7 + 0.05) % 1 + 0 * kind
+    other = (random * options.vocab_size).astype(int)
+    return np.where(kind < 0.8, options.mask_token, np.where(kind < 0.9, other, x))
+
+
+@wrong(3, "mask_batch", "masked positions are not scored")
+def bert_scores_the_hidden_only(x, masked, slots, draw, options):
+    batch = REFERENCE["mask_batch"](x, masked, slots, draw, options)
+    hidden = batch.inputs.ravel()[batch.positions] == options.mask_token
+    return batch._replace(weights=batch.weights * hidden)
+
+
+def mask_chosen(masked, x, draw, options):
+    return REFERENCE["mask_batch"](x, masked, int(masked.sum()), draw, options)
+
+
+@wrong(3, "mlm", "the number of masked positions varies")
+def mlm_bernoulli(x, draw, options):
+    masked = draw.per_sequence(options.block_size) < options.mask_ratio
+    masked[0, 0] = True
+    return mask_chosen(masked, x, draw, options)
+
+
+@wrong(3, "mlm", "= 3 positions of every sequence are masked, not 2")
+def mlm_rounds_down(x, draw, options):
+    count = max(1, int(options.mask_ratio * options.block_size))
+    return mask_chosen(REFERENCE["uniform_masks"](np.full(len(x), count), draw, options), x, draw, options)
+
+
+@wrong(3, "mlm", "round(0.4 * 16) = 6 positions of every sequence are masked, not 7")
+def mlm_rounds_up(x, draw, options):
+    count = int(np.ceil(options.mask_ratio * options.block_size))
+    return mask_chosen(REFERENCE["uniform_masks"](np.full(len(x), count), draw, options), x, draw, options)
+
+
+@wrong(3, "mlm", "positions of every sequence are masked")
+def mlm_always_15_percent(x, draw, options):
+    return REFERENCE["mlm"](x, draw, objectives.replace(options, mask_ratio=0.15))
+
+
+def spoilt_mlm(masks):
+    def mlm(x, draw, options):
+        count = np.full(len(x), mask_count(options.mask_ratio, options.block_size))
+        return mask_chosen(masks(count, draw, options), x, draw, options)
+    mlm.__name__ = "mlm_" + masks.__name__
+    return mlm
+
+
+wrong(3, "mlm", "mlm: the same positions are masked in every sequence")(spoilt_mlm(masks_first_positions))
+wrong(3, "mlm", "mlm: the same positions are masked in every sequence")(spoilt_mlm(masks_same_for_all_rows))
+wrong(3, "mlm", "mlm: the masked positions are always neighbours")(spoilt_mlm(masks_spans))
+wrong(3, "mlm", "mlm: the masks are the same at every step")(spoilt_mlm(masks_fixed_seed))
+wrong(3, "mlm", "mlm: the positions are not masked equally often")(spoilt_mlm(masks_favour_late_positions))
+
+
+@wrong(3, "mlm", "a visible token was changed")
+def mlm_uses_the_last_T_tokens(x, draw, options):
+    return REFERENCE["mlm"](x[:, 1:], draw, options)
+
+
+@wrong(3, "mlm", "corruption bert")
+def mlm_ignores_the_corruption(x, draw, options):
+    return REFERENCE["mlm"](x, draw, objectives.replace(options, corruption="mask"))
+
+
+@wrong(3, "mlm", "is scored but not masked")
+def mlm_leaks_one(x, draw, options):
+    batch = REFERENCE["mlm"](x, draw, options)
+    inputs = batch.inputs.copy()
+    inputs.flat[batch.positions[-1]] = batch.targets[-1, 0]
+    return batch._replace(inputs=inputs) if len(batch.positions) > 1 else batch
+
+# -----------------------------------------------------------------------------
+# Exercise 4: right
+
+def limits(options):
+    return [mask_count(ratio, options.block_size) for ratio in options.mask_range]
+
+
+def vlm_of(counts, x, draw, options):
+    """The batch with these numbers of masked positions, in as many slots as needed."""
+    return mask_chosen(REFERENCE["uniform_masks"](np.asarray(counts), draw, options), x, draw, options)
+
+
+@right(4, "vlm")
+def vlm_independent_counts(x, draw, options):
+    low, high = limits(options)
+    return vlm_of(np.random.randint(low, high + 1, size=len(x)), x, draw, options)
+
+
+@right(4, "vlm")
+def vlm_uniform_ratio(x, draw, options):
+    low, high = options.mask_range
+    ratio = low + (high - low) * draw.per_sequence(1)[:, 0]
+    counts = np.maximum(1, np.rint(ratio * options.block_size)).astype(int)
+    masked = REFERENCE["uniform_masks"](counts, draw, options)
+    return mask_batch_scatters(x, masked, x.size, draw, options)
+
+
+@right(4, "vlm")
+def vlm_rows(x, draw, options):
+    """One sequence at a time is mlm with a ratio of its own."""
+    T, rng, parts = options.block_size, np.random.default_rng(int(draw.offset)), []
+    for b in range(len(x)):
+        low, high = options.mask_range
+        own = objectives.replace(options, mask_ratio=rng.uniform(low, high))
+        part = REFERENCE["mlm"](x[b:b + 1], Row(draw, b), own)
+        parts.append(part._replace(positions=part.positions + b * T))
+    return Batch(*[np.concatenate(fields) for fields in zip(*parts)])
+
+
+class Row:
+    """The numbers of one sequence of a draw."""
+    def __init__(self, draw, b):
+        self.generator = draw._generators[b]
+
+    def per_sequence(self, n):
+        return self.generator.random(n)[None]
+
+
+@right(4, "vlm")
+def vlm_every_position_a_slot(x, draw, options):
+    low, high = limits(options)
+    counts = low + (draw.per_sequence(1)[:, 0] * (high - low + 1)).astype(int)
+    masked = masks_choice(counts, draw, options)
+    return mask_batch_every_position_a_slot(x, masked, None, draw, options)
+
+
+@right(4, "vlm")
+def vlm_stratified(x, draw, options):
+    """One random number for the step, the sequences equally spaced from there, in random order."""
+    low, high = limits(options)
+    rng = np.random.default_rng(int(draw.offset))
+    u = (rng.random() + rng.permutation(len(x)) / len(x)) % 1
+    return vlm_of(low + (u * (high - low + 1)).astype(int), x, draw, options)
+
+
+@right(4, "vlm")
+def vlm_torch_loops(x, draw, options):
+    low, high = limits(options)
+    counts = torch.randint(low, high + 1, (len(x),))
+    masked = masks_torch(counts.numpy(), draw, options)
+    return mask_batch_loops(x, masked, None, draw, options)
+
+# -----------------------------------------------------------------------------
+# Exercise 4: wrong
+
+def wrong_vlm(words):
+    """For functions (x, draw, options) -> (B,) counts."""
+    def enter(counts):
+        def vlm(x, draw, options):
+            chosen = np.broadcast_to(np.asarray(counts(x, draw, options)).astype(int), len(x))
+            return vlm_of(np.clip(chosen, 1, options.block_size), x, draw, options)
+        vlm.__name__ = counts.__name__
+        return wrong(4, "vlm", words)(vlm)
+    return enter
+
+
+def uniform_count(low, high, u):
+    return low + (u * (high - low + 1)).astype(int)
+
+
+@wrong_vlm("all sequences of a batch share one mask ratio")
+def vlm_one_ratio_per_batch(x, draw, options):
+    return uniform_count(*limits(options), draw.per_sequence(1)[:1, 0])
+
+
+@wrong_vlm("the number of masked positions is always 8")
+def vlm_mean_count(x, draw, options):
+    return sum(limits(options)) // 2
+
+
+@wrong_vlm("the mask ratios are the same at every step")
+def vlm_same_ratios_at_every_step(x, draw, options):
+    return uniform_count(*limits(options), np.random.default_rng(0).random(len(x)))
+
+
+@wrong_vlm("masked positions, but mask_range 0.25 0.75 of 16 positions is 4..12")
+def vlm_ignores_the_range(x, draw, options):
+    return uniform_count(1, options.block_size, draw.per_sequence(1)[:, 0])
+
+
+@wrong_vlm("the most masked positions of 800 sequences are 11, but")
+def vlm_without_the_highest_count(x, draw, options):
+    low, high = limits(options)
+    return low + (draw.per_sequence(1)[:, 0] * max(1, high - low)).astype(int)
+
+
+@wrong_vlm("masked positions, but mask_range 0.25 0.75 of 16 positions is 4..12")
+def vlm_one_count_too_many(x, draw, options):
+    low, high = limits(options)
+    return uniform_count(low, high + 1, draw.per_sequence(1)[:, 0])
+
+
+@wrong_vlm("the mask ratio is not uniform")
+def vlm_beta(x, draw, options):
+    low, high = limits(options)
+    return uniform_count(low, high, (draw.per_sequence(2)).mean(axis=1))
+
+
+@wrong_vlm("the mask ratio is not uniform")
+def vlm_squared(x, draw, options):
+    return uniform_count(*limits(options), draw.per_sequence(1)[:, 0] ** 1.5)
+
+
+@wrong_vlm("the mask ratio is not uniform")
+def vlm_either_end(x, draw, options):
+    low, high = limits(options)
+    return np.where(draw.per_sequence(1)[:, 0] < 0.5, low, high)
+
+
+@wrong_vlm("the mask ratio is not uniform")
+def vlm_log_uniform(x, draw, options):
+    low, high = options.mask_range
+    return np.rint(low * (high / low) ** draw.per_sequence(1)[:, 0] * options.block_size)
+
+
+@wrong(4, "vlm", "positions, but mask_range 0.25 0.75 of 16 positions is 4..12")
+def vlm_bernoulli(x, draw, options):
+    low, high = options.mask_range
+    ratio = low + (high - low) * draw.per_sequence(1)
+    masked = draw.per_sequence(options.block_size) < ratio
+    masked[:, 0] |= ~masked.any(axis=1)
+    return mask_chosen(masked, x, draw, options)
+
+
+@wrong(4, "vlm", "masked positions are not scored")
+def vlm_drops_what_exceeds_the_mean(x, draw, options):
+    low, high = limits(options)
+    batch = REFERENCE["vlm"](x, draw, options)
+    slots = len(x) * (low + high) // 2
+    return Batch(batch.inputs, *[field[:slots] for field in batch[1:]])
+
+
+def spoilt_vlm(masks):
+    def vlm(x, draw, options):
+        counts = uniform_count(*limits(options), draw.per_sequence(1)[:, 0])
+        return mask_chosen(masks(counts, draw, options), x, draw, options)
+    vlm.__name__ = "vlm_" + masks.__name__
+    return vlm
+
+
+wrong(4, "vlm", "vlm: the same positions are masked in every sequence")(spoilt_vlm(masks_first_positions))
+wrong(4, "vlm", "vlm: the masked positions are always neighbours")(spoilt_vlm(masks_spans))
+wrong(4, "vlm", "vlm: the positions are not masked equally often")(spoilt_vlm(masks_favour_late_positions))
+
+
+@wrong(4, "vlm", "vlm, normalization bound: the weights of every sequence must have the same sum")
+def vlm_ignores_the_normalization(x, draw, options):
+    return REFERENCE["vlm"](x, draw, objectives.replace(options, normalization="tokens"))
+
+
+@wrong(4, "vlm", "corruption bert")
+def vlm_ignores_the_corruption(x, draw, options):
+    return REFERENCE["vlm"](x, draw, objectives.replace(options, corruption="mask"))
+
+
+@wrong(4, "vlm", "must predict its own token")
+def vlm_targets_of_other_rows(x, draw, options):
+    batch = REFERENCE["vlm"](x, draw, options)
+    targets = np.roll(x[:, :options.block_size], 1, axis=0).ravel()[batch.positions, None]
+    return batch._replace(targets=targets)
+
+
+@wrong(4, "vlm", "the model sees every target")
+def vlm_hides_nothing(x, draw, options):
+    return REFERENCE["vlm"](x, draw, options)._replace(inputs=x[:, :options.block_size])
+
+# -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number,name,solution", RIGHT)
+def test_a_right_solution_passes(monkeypatch, number, name, solution):
+    failures = grade(monkeypatch, number, {name: solution})
+    assert not failures.words and failures.passed
+
+
+@pytest.mark.parametrize("number,name,solution,words", WRONG)
+def test_a_wrong_solution_is_told_its_mistake(monkeypatch, number, name, solution, words):
+    failures = grade(monkeypatch, number, {name: solution})
+    assert failures.words, "a wrong solution passes"
+    assert words in failures.words[0]
+    assert len(failures.words[0]) < 300 and "\n" not in failures.words[0]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_there_are_enough_solutions(number):
+    assert sum(entry.values[0] == number for entry in RIGHT) >= 3
+    assert sum(entry.values[0] == number for entry in WRONG) >= 6
+
+
+WRITTEN = {1: ["ar"], 2: ["dar"], 3: ["uniform_masks", "mask_batch", "mlm"], 4: ["vlm"]}
+
+
+@pytest.mark.parametrize("number", WRITTEN)
+def test_every_test_of_an_exercise_fails_before_it_is_written(monkeypatch, number):
+    def unwritten(*arguments):
+        raise NotImplementedError(f"exercise {number}: see docs/EXERCISES.md")
+
+    failures = grade(monkeypatch, number, dict.fromkeys(WRITTEN[number], unwritten), first_only=False)
+    assert failures.passed == 0
+    assert set(failures.words) == {f"not yet written: exercise {number}: see docs/EXERCISES.md"}
+
+
+def blank(source, names):
+    """The source with the bodies of these functions replaced by NotImplementedError."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            start = node.body[1].lineno - 1             # after the docstring
+            number = next(number for number, of_it in WRITTEN.items() if node.name in of_it)
+            words = f"exercise {number}: {node.name}"
+            lines[start:node.end_lineno] = [f'    raise NotImplementedError("{words}")']
+    return "\n".join(lines) + "\n"
+
+
+def run_copy(folder, names, *arguments):
+    """(exit code, output lines) of pytest on test_objectives.py in a copy where these bodies are missing."""
+    for path in [*ROOT.glob("*.py"), ROOT / "pytest.ini"]:
+        shutil.copy(path, folder)
+    (folder / "tests").mkdir()
+    for name in ("conftest.py", "grading.py", "test_objectives.py"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+    (folder / "objectives.py").write_text(blank((ROOT / "objectives.py").read_text(), names))
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+                         cwd=folder, capture_output=True, text=True)
+    return run.returncode, run.stdout.strip().splitlines()
+
+
+def test_an_untouched_copy_scores_0(tmp_path):
+    code, lines = run_copy(tmp_path, sum(WRITTEN.values(), []), "--exercises")
+    assert code == 1
+    rows = [line for line in lines if re.match(r"[1-4]  .* / 10$", line)]
+    assert len(rows) == 4 and all(re.search(r" 0 +\d+ +0 / 10$", row) for row in rows)
+    assert any(re.fullmatch(r"in all +0 / 40", line) for line in lines)
+    assert lines[-4] == "exercise 1: not yet written: exercise 1: ar"
+
+
+def test_what_is_not_graded_is_skipped_with_the_reason(tmp_path):
+    """Without vlm, everything else passes, and what needs vlm is skipped."""
+    code, lines = run_copy(tmp_path, ["vlm"], "-m", "not exercise4", "-rs")
+    assert code == 0
+    assert any("needs exercise 4: vlm" in line for line in lines)
+
+
+def test_the_last_line_is_the_first_failure_in_words(tmp_path):
+    code, lines = run_copy(tmp_path, ["dar"], "-m", "exercise2", "-x")
+    assert code == 1 and lines[-1] == "exercise 2: not yet written: exercise 2: dar"
