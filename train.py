@@ -459,7 +459,8 @@ def half_masked(model, encoding, text):
     hidden[masked] = model.config.mask_token
     filled = fill(model, hidden.tolist(), partial(draw, temperature=0.0), order="confidence")
     for i in masked:
-        pieces[i] = re.sub(r"\S", "_", pieces[i]) if pieces[i].strip() else "_" * len(pieces[i])
+        shown = r"\S" if pieces[i].strip() else r"."                        # a masked space shows, too
+        pieces[i] = re.sub(shown, "_", pieces[i])
     return "".join(pieces), encoding.decode(filled)
 
 
@@ -512,12 +513,16 @@ def in_first_process(action):
     """Call action() in the first process. If it fails there, all leave: it with the error, the others silently.
     """
     rank, world = rank_and_world()
+
+    # Try it
     failure = None
     if rank == 0:
         try:
             action()
         except (DataError, OSError) as error:
             failure = error
+
+    # Did it fail?
     if world > 1:
         flags = [failure is not None]
         dist.broadcast_object_list(flags)
@@ -624,7 +629,8 @@ def write_folder(args, config, dataset):
     """What makes out_dir a checkpoint besides the weights. A fresh run removes what an earlier one left."""
     if not args.resume:
         for name in os.listdir(args.out_dir):
-            if name in ("ckpt.pt", "log.jsonl", "config.json", "unigram.npy") or name.startswith("eval_"):
+            ours = ("ckpt.pt", "log.jsonl", "config.json", "unigram.npy", "spectrum.json")
+            if name in ours or name.startswith("eval_"):
                 os.remove(os.path.join(args.out_dir, name))
         shutil.copy(os.path.join(dataset, "tokenizer.json"), args.out_dir)
         with contextlib.suppress(FileNotFoundError):                        # datasets of older versions

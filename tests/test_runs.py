@@ -117,7 +117,7 @@ def test_a_moved_run_reads_and_writes_where_it_is(run, tmp_path, monkeypatch):
 
 def test_overwrite_removes_old_results(run, tmp_path):
     run("--max_iters", "1")
-    for name in ("eval_glue.json", "eval_ppl_val_left-to-right.json", "notes.txt"):
+    for name in ("eval_glue.json", "eval_ppl_val_left-to-right.json", "spectrum.json", "notes.txt"):
         (tmp_path / "out" / name).write_text("{}")
     run("--max_iters", "1", "--overwrite")
     left = {path.name for path in (tmp_path / "out").iterdir()}
