@@ -53,8 +53,8 @@ def ids_of(folder, split):
 
 def set_piece(monkeypatch, piece):
     """Documents are cut, and groups of them encoded, in pieces of this many characters."""
-    monkeypatch.setattr(documents, "PIECE", piece)
-    monkeypatch.setattr(data, "PIECE", piece)
+    for module in (tokenization, documents, data):
+        monkeypatch.setattr(module, "PIECE", piece)
 
 
 @pytest.fixture
@@ -192,9 +192,9 @@ def test_pieces_have_the_tokens_of_the_document(monkeypatch, name):
     texts += ["".join(rng.choices(".\x1ca ", [5, 5, 1, 1], k=2000)) for _ in range(5)]     # a Python space
     encoding = tokenization.build_encoding(tokenization.make_tokenizer(name, texts))
     for piece in (400, 500, 1000):
-        monkeypatch.setattr(documents, "PIECE", piece)
+        set_piece(monkeypatch, piece)
         for text in texts:
-            cut = list(documents.cut([text]))
+            cut = list(tokenization.cut([text]))
             assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
             assert "".join(part for part, _ in cut) == text
             assert max(len(part) for part, _ in cut) <= piece
@@ -202,15 +202,15 @@ def test_pieces_have_the_tokens_of_the_document(monkeypatch, name):
             assert ids == encoding.encode_ordinary(text)
             at = sorted(rng.choices(range(2001), k=40))
             arriving = [text[i:j] for i, j in zip([0] + at, at + [2000])]
-            assert list(documents.cut(arriving)) == cut         # however it arrives
+            assert list(tokenization.cut(arriving)) == cut         # however it arrives
 
 
 def test_pieces_of_a_text_without_spaces(monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 100)
+    set_piece(monkeypatch, 100)
     for text in ["a" * 1001, " " * 1001, "\n" * 1001, "a b" + "c" * 1000]:
-        parts = [part for part, _ in documents.cut([text])]
+        parts = [part for part, _ in tokenization.cut([text])]
         assert "".join(parts) == text and max(map(len, parts)) <= 100
-    assert list(documents.cut([])) == list(documents.cut(["", ""])) == []
+    assert list(tokenization.cut([])) == list(tokenization.cut(["", ""])) == []
 
 
 def test_split_is_a_function_of_the_document():
@@ -274,11 +274,11 @@ def test_dtype_holds_the_vocabulary(tmp_path, monkeypatch, n_vocab, dtype):
 def test_bpe_is_trained_on_the_training_split_of_every_source(tmp_path, monkeypatch):
     """Equal shares: the first file, though it is large, leaves half of the sample to the second."""
     monkeypatch.setattr(documents, "BPE_SAMPLE", 2000)
-    monkeypatch.setattr(documents, "PIECE", 10)
+    set_piece(monkeypatch, 10)
     texts = [" ".join(str(i * j) for j in range(20)) for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "b.jsonl", texts[::-1])
-    sample = "".join(documents.sample([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 0.5))
+    sample = "".join(documents.vocabulary_text([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 0.5))
     train = [text for text in texts if not documents.document_is_val(text, 0.5)]
     assert sample == "".join(train)[:1000] + "".join(train[::-1])[:1000]
 
@@ -366,11 +366,11 @@ def test_rerun(tmp_path, capsys, corpus):
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
     data.main(flags)
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     for change, what in [("--tokenizer bpe:257", "tokenizer"), ("--val_fraction 0.4", "val_fraction"),
                          ("--shard_tokens 5000", "shard_tokens"), (f"--files {corpus[0][0]}", "sources")]:
-        assert f"with other {what}: add --overwrite" in error_of(capsys, *flags, *change.split())
+        assert f"with a different {what}: add --overwrite" in error_of(capsys, *flags, *change.split())
         assert files_of(folder) == first
     data.main([*flags, "--shard_tokens", "5000", "--overwrite"])
     assert len(files_of(folder)) > len(first)
@@ -413,7 +413,7 @@ def test_deep_json_is_a_bad_line(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_text_file_with_a_bad_byte_is_left_out(tmp_path, monkeypatch, suffix):
     """Whole, also when the byte is far behind the first piece."""
-    monkeypatch.setattr(documents, "PIECE", 100)
+    set_piece(monkeypatch, 100)
     path = tmp_path / f"a.txt{suffix}"
     compress = {".gz": gzip.compress, ".zst": zstd.compress}.get(suffix, bytes)
     path.write_bytes(compress("é\n".encode() * 990 + b"ab\xe9cd\n" + "é\n".encode() * 999))
@@ -435,7 +435,7 @@ def refusals():
                 ("a.jsonl.gz", gzip.compress(b""), "no documents"), ("a.jsonl", b"\n \n", "no documents"),
                 ("a.jsonl", b'{"content": "x"}\n' * 9, 'a.jsonl:9: no field "text"'),
                 ("a.csv", b"x", "a.csv is not .jsonl or .txt"), ("a.jsonl.xz", b"x", "is not .jsonl or .txt"),
-                ("a.txt", None, "a.txt is not there")]
+                ("a.txt", None, "a.txt does not exist")]
     for n in (1, 4, 5, 9, 10, 11, 100, -9, -8, -4, -1):
         yield "a.jsonl.zst", packed[:n], ends_early
         yield "a.jsonl.gz", zipped[:n], ends_early
@@ -546,13 +546,13 @@ def test_load_names_the_command(tmp_path):
 def test_check(dataset, capsys, monkeypatch):
     flags = ["--dataset", "x", "--data_dir", str(dataset.parent), "--check"]
     data.main(flags)
-    assert "is as it was made" in capsys.readouterr().out
+    assert "is intact" in capsys.readouterr().out
     ids = np.load(dataset / "train_0001.npy")
     other = ids.copy()
     other[5] = (other[5] + 1) % 279
     np.save(dataset / "train_0001.npy", other)
     data.load("x", dataset.parent)                              # cannot be seen without reading it all
-    assert "train_0001.npy is not as it was made: its sha256" in error_of(capsys, *flags)
+    assert "train_0001.npy is damaged: its sha256" in error_of(capsys, *flags)
     ids[1300] = 280
     np.save(dataset / "train_0001.npy", ids)
     monkeypatch.setattr(data, "SCAN", 1000)
@@ -661,6 +661,6 @@ def test_two_processes_at_once_make_one_dataset(tmp_path):
     command = [sys.executable, ROOT / "data.py", "--dataset", "x", "--files", tmp_path / "a.jsonl",
                "--tokenizer", "bytes", "--data_dir", tmp_path]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = ["is there already" in process.communicate(timeout=120)[0] for process in both]
+    found = ["already exists" in process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and sorted(found) == [False, True]
     data.load("x", str(tmp_path), full=True)
