@@ -150,15 +150,24 @@ def write_dataset(folder, sources, wanted):
     # The shards
     writers = {side: ShardWriter(folder, side, encoding.n_vocab, wanted["shard_tokens"]) for side in SPLITS}
     totals = {side: Counter(tokens=0, bytes=0, documents=0) for side in SPLITS}
-    report = Report()
-    stream = first_tokens(encode(pieces(sources, split, report), encoding), wanted["max_tokens"], encoding)
+    skipped = 0
+
+    def report(error):
+        nonlocal skipped
+        skipped += 1
+        if skipped <= 5:
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+
+    stream = encode(pieces(sources, split, report), encoding)
+    stream = first_tokens(stream, wanted["max_tokens"], encoding)
     with (contextlib.closing(stream),
           tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar):
         for side, ids, size, last in stream:
             writers[side].write(ids)
             totals[side].update(tokens=len(ids), bytes=size, documents=int(last))
             bar.update(size)
-    report.end()
+    if skipped:
+        print(f"skipped {skipped} lines or files in all", file=sys.stderr)
     for side in SPLITS:
         writers[side].close()
         if totals[side]["tokens"] == 0:
@@ -169,24 +178,9 @@ def write_dataset(folder, sources, wanted):
     save_array(os.path.join(folder, "unigram.npy"), writers["train"].counts)
     splits = {side: {**totals[side], "shards": writers[side].shards} for side in SPLITS}
     meta = {**wanted, "contents": contents, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-            "dtype": writers["train"].dtype.name, "skipped": report.skipped, "splits": splits}
+            "dtype": writers["train"].dtype.name, "skipped": skipped, "splits": splits}
     write_json(os.path.join(folder, "meta.json"), meta)
     return meta
-
-
-class Report:
-    """Says on stderr what cannot be used: the first five, and how many in all."""
-    def __init__(self):
-        self.skipped = 0
-
-    def __call__(self, error):
-        self.skipped += 1
-        if self.skipped <= 5:
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-
-    def end(self):
-        if self.skipped:
-            print(f"skipped {self.skipped} lines or files in all", file=sys.stderr)
 
 
 def encode(stream, encoding):
@@ -278,107 +272,6 @@ def save_array(path, array):
         np.lib.format.write_array_header_1_0(file, header)
         file.write(array.data)
     write_atomically(path, write)
-
-# -----------------------------------------------------------------------------
-# What is wanted, and what exists
-
-def content_of(source):
-    """{"bytes", "sha256"} of a source, to notice when it has changed. None for one that is streamed."""
-    if isinstance(source, Remote):
-        return None
-    if source != STDLIB:
-        return {"bytes": os.path.getsize(source), "sha256": file_sha256(source)}
-    size, digest = 0, hashlib.sha256()
-    for path, text in stdlib_files():
-        size += len(text.encode())
-        digest.update(f"{path}\0{text}\0".encode())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def check_existing(wanted, data_dir):
-    """meta.json of the dataset that exists. Raises DataError if it is not what is wanted."""
-    folder = os.path.join(data_dir, wanted["name"])
-    meta, _ = load(wanted["name"], data_dir)
-    changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
-    if changed:
-        raise DataError(f"{folder} already exists with a different {changed}: "
-                        "add --overwrite to replace it")
-    if "contents" not in meta:
-        raise DataError(f"{folder} already exists, made by an earlier version of data.py: "
-                        "add --overwrite to replace it")
-
-    # Are the files still what they were? What was downloaded may have been removed
-    for source, content in zip(wanted["sources"], meta["contents"]):
-        if (source == STDLIB or os.path.exists(source)) and content_of(source) != content:
-            raise DataError(f"{folder} already exists, and {source} has changed since: "
-                            "add --overwrite to make it again")
-    return meta
-
-
-def check_arguments(wanted, files, urls):
-    """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
-    name = wanted["name"]
-    if bool(urls) != (name == "pile"):
-        raise DataError("--dataset pile needs --shards, and no other dataset has any")
-    if name in ("stdlib", "pile"):
-        if files:
-            raise DataError(f"--files need another --dataset name than {name}")
-    elif not files:
-        raise DataError(f"--dataset {name} needs --files")
-    if not name or os.path.basename(name) != name or name in (".", ".."):
-        raise DataError(f"--dataset {name!r} is not the name of a folder")
-
-    bpe = re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
-    if not bpe or int(bpe[1] or 257) < 257:
-        raise DataError("the tokenizer is gpt2, bytes or bpe:N with N of at least 257")
-    if not 0 < wanted["val_fraction"] < 1:
-        raise DataError("val_fraction is between 0 and 1")
-    if not 1 <= wanted["shard_tokens"] <= 10**9:
-        raise DataError("shard_tokens is at least 1 and at most 1,000,000,000")
-    if wanted["max_tokens"] is not None and wanted["max_tokens"] < 2:
-        raise DataError("max_tokens is at least 2")
-
-    for path in files:
-        if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
-            raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
-        if not os.path.isfile(path):
-            raise DataError(f"{path} does not exist")
-        if os.path.getsize(path) == 0:
-            raise DataError(f"{path} is empty")
-
-
-@contextlib.contextmanager
-def one_reason(folder):
-    """A full disk and the like as a DataError that names the file or the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{error.filename or folder}: {error.strerror or error}. "
-                        "Nothing incomplete is kept, only downloads") from None
-
-
-def how_to_make(name, data_dir, meta=None, overwrite=False):
-    """The command that makes a dataset, to be typed in. meta: its meta.json where that is known."""
-    words = ["python", "data.py", "--dataset", name]
-    if meta is not None and meta.get("sources"):
-        sources = meta["sources"]
-        if name == "pile":
-            words += ["--base_url", os.path.dirname(sources[0])]
-            words += ["--shards", *[str(int(os.path.basename(url)[:2])) for url in sources]]
-        elif name != "stdlib":
-            words += ["--files", *sources]
-        for flag in ("tokenizer", "val_fraction", "shard_tokens", "max_tokens"):
-            if meta.get(flag) is not None:
-                words += [f"--{flag}", str(meta[flag])]
-    elif name == "pile":
-        words += ["--shards", "0", "--max_tokens", str(SHARD_TOKENS)]
-    elif name != "stdlib":
-        words += ["--files", "FILE.txt"]
-    if str(data_dir) != DATA_DIR:
-        words += ["--data_dir", str(data_dir)]
-    if overwrite:
-        words += ["--overwrite"]
-    return shlex.join(words)
 
 # -----------------------------------------------------------------------------
 # Shards -> windows
@@ -477,7 +370,113 @@ def windows(shards, span, u):
     number = (u * ends[-1]).astype(np.int64)                                        # (B,)
     shard = np.searchsorted(ends, number, side="right")                             # (B,)
     first = number - (ends - starts)[shard]                                         # (B,) place in the shard
-    return np.stack([shards[s][i:i + span] for s, i in zip(shard, first)]).astype(np.int64)
+    rows = [shards[s][i:i + span] for s, i in zip(shard, first)]
+    return np.stack(rows).astype(np.int64)                                          # (B, span)
+
+# -----------------------------------------------------------------------------
+# What is wanted, and what exists
+
+def content_of(source):
+    """{"bytes", "sha256"} of a source, to notice when it has changed. None for one that is streamed."""
+    if isinstance(source, Remote):
+        return None
+    if source != STDLIB:
+        return {"bytes": os.path.getsize(source), "sha256": file_sha256(source)}
+    size, digest = 0, hashlib.sha256()
+    for path, text in stdlib_files():
+        size += len(text.encode())
+        digest.update(f"{path}\0{text}\0".encode())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def check_existing(wanted, data_dir):
+    """meta.json of the dataset that exists. Raises DataError if it is not what is wanted."""
+    folder = os.path.join(data_dir, wanted["name"])
+    meta, _ = load(wanted["name"], data_dir)
+    changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
+    if changed:
+        raise DataError(f"{folder} already exists with a different {changed}: "
+                        "add --overwrite to replace it")
+    if "contents" not in meta:
+        raise DataError(f"{folder} already exists, made by an earlier version of data.py: "
+                        "add --overwrite to replace it")
+
+    # Are the files still what they were? What was downloaded may have been removed
+    for source, content in zip(wanted["sources"], meta["contents"]):
+        if (source == STDLIB or os.path.exists(source)) and content_of(source) != content:
+            raise DataError(f"{folder} already exists, and {source} has changed since: "
+                            "add --overwrite to make it again")
+    return meta
+
+
+def check_arguments(wanted, files, urls):
+    """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
+    name = wanted["name"]
+    if bool(urls) != (name == "pile"):
+        raise DataError("--dataset pile needs --shards, and no other dataset has any")
+    if name in ("stdlib", "pile"):
+        if files:
+            raise DataError(f"--files need another --dataset name than {name}")
+    elif not files:
+        raise DataError(f"--dataset {name} needs --files")
+    if not name or os.path.basename(name) != name or name in (".", ".."):
+        raise DataError(f"--dataset {name!r} is not the name of a folder")
+
+    bpe = re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
+    if not bpe or int(bpe[1] or 257) < 257:
+        raise DataError("the tokenizer is gpt2, bytes or bpe:N with N of at least 257")
+    if not 0 < wanted["val_fraction"] < 1:
+        raise DataError("val_fraction is between 0 and 1")
+    if not 1 <= wanted["shard_tokens"] <= 10**9:
+        raise DataError("shard_tokens is at least 1 and at most 1,000,000,000")
+    if wanted["max_tokens"] is not None and wanted["max_tokens"] < 2:
+        raise DataError("max_tokens is at least 2")
+
+    for path in files:
+        if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
+            raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
+        if not os.path.isfile(path):
+            raise DataError(f"{path} does not exist")
+        if os.path.getsize(path) == 0:
+            raise DataError(f"{path} is empty")
+
+
+@contextlib.contextmanager
+def one_reason(folder):
+    """A full disk and the like as a DataError that names the file or the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}. "
+                        "Nothing incomplete is kept, only downloads") from None
+
+
+def how_to_make(name, data_dir, meta=None, overwrite=False):
+    """The command that makes a dataset, to be typed in. meta: its meta.json where that is known."""
+    words = ["python", "data.py", "--dataset", name]
+
+    # The same text as before, or a proposal
+    if meta is None:
+        if name == "pile":
+            words += ["--shards", "0", "--max_tokens", str(SHARD_TOKENS)]
+        elif name != "stdlib":
+            words += ["--files", "FILE.txt"]
+    elif name == "pile":
+        words += ["--base_url", os.path.dirname(meta["sources"][0])]
+        words += ["--shards", *[str(int(os.path.basename(url)[:2])) for url in meta["sources"]]]
+    elif name != "stdlib":
+        words += ["--files", *meta["sources"]]
+
+    # The same settings
+    if meta is not None:
+        for flag in ("tokenizer", "val_fraction", "shard_tokens", "max_tokens"):
+            if meta.get(flag) is not None:
+                words += [f"--{flag}", str(meta[flag])]
+    if str(data_dir) != DATA_DIR:
+        words += ["--data_dir", str(data_dir)]
+    if overwrite:
+        words += ["--overwrite"]
+    return shlex.join(words)
 
 # -----------------------------------------------------------------------------
 # How much of val also stands in train
@@ -487,29 +486,30 @@ GRAM = 13               # tokens
 def overlap(train, val, eot):
     """For each document of val, which of its tokens lie in a run of GRAM tokens that also occurs in train.
 
-    train, val: lists of (n,) ids. Returns [(n,) bool], one per document, without its end-of-text.
+    train, val: (n,) ids of all documents. Returns a list of (n,) bool, one per document, without end-of-text.
     """
-    # A number for every run in train. Two runs have the same one by chance once in 2**64
-    known = np.concatenate([gram_hashes(ids) for ids in train])
-    known.sort()
+    # Which runs of val occur in train. Different runs have the same number by chance once in 2**64
+    known = np.sort(gram_hashes(train))
+    hashes = gram_hashes(val)                                                       # (n - GRAM + 1,)
+    found = np.searchsorted(known, hashes) < np.searchsorted(known, hashes, side="right")
 
-    documents = []
-    for ids in val:
-        hashes = gram_hashes(ids)
-        found = np.searchsorted(known, hashes) < np.searchsorted(known, hashes, side="right")
-        copied = np.zeros(len(ids), dtype=bool)
-        for offset in range(GRAM):
-            copied[offset:offset + len(found)] |= found
-        ends = np.flatnonzero(ids == eot)
-        for part, text in zip(np.split(copied, ends + 1), np.split(ids, ends + 1)):
-            if (text != eot).any():
-                documents.append(part[text != eot])
-    return documents
+    # Which tokens lie in them
+    copied = np.zeros(len(val), dtype=bool)
+    for offset in range(GRAM):
+        copied[offset:offset + len(found)] |= found
+    return split_documents(copied, val, eot)
+
+
+def split_documents(values, ids, eot):
+    """Cut values, (n,), one per token, into those of each document, without its end-of-text."""
+    starts = np.flatnonzero(ids == eot) + 1
+    parts = zip(np.split(values, starts), np.split(ids, starts))
+    return [part[text != eot] for part, text in parts if len(text)]
 
 
 def gram_hashes(ids):
     """(n - GRAM + 1,) uint64, a hash of every run of GRAM tokens: a polynomial in an odd number, modulo 2**64."""
-    ids = np.asarray(ids, dtype=np.uint64) + np.uint64(1)
+    ids = ids.astype(np.uint64) + np.uint64(1)
     hashes = np.zeros(max(0, len(ids) - GRAM + 1), dtype=np.uint64)
     for offset in range(GRAM):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[offset:offset + len(hashes)]
@@ -520,36 +520,33 @@ def print_overlap(name, data_dir, shown=15):
     """The documents of val with the most text that also stands in train, and the share of all of it."""
     folder = os.path.join(data_dir, name)
     meta, shards = load(name, data_dir)
-    copied = overlap(shards["train"], shards["val"], meta["eot"])
-    names = document_names(folder, meta, shards["val"])
+    train, val = np.concatenate(shards["train"]), np.concatenate(shards["val"])
+    copied = overlap(train, val, meta["eot"])
+    names = document_names(folder, meta, val)
 
     print(f"{folder}: tokens of val in runs of {GRAM} tokens that also occur in train\n")
     print("share   tokens  document")
     shares = np.array([part.mean() for part in copied])
-    for i in np.argsort(-shares, kind="stable")[:shown]:
-        print(f"{shares[i]:5.1%} {len(copied[i]):>8,}  {names[i]}")
-
     tokens = np.array([len(part) for part in copied])
+    for i in np.argsort(-shares, kind="stable")[:shown]:
+        print(f"{shares[i]:5.1%} {tokens[i]:>8,}  {names[i]}")
+
     print(f"\nall {len(copied)} documents: {np.concatenate(copied).mean():.1%} of the tokens")
     for limit in (0.5, 0.2):
         above = shares > limit
+        share_of_tokens = tokens[above].sum() / tokens.sum()
         print(f"documents with more than {limit:.0%}: {above.sum()} ({above.mean():.1%}), with "
-              f"{tokens[above].sum() / tokens.sum():.1%} of the tokens")
+              f"{share_of_tokens:.1%} of the tokens")
 
 
-def document_names(folder, meta, shards):
+def document_names(folder, meta, val):
     """For each document of val, its path in the standard library, or else its first characters."""
     if meta["sources"] == [STDLIB]:
         files = [(path, text) for path, text in stdlib_files() if text]
         return [path for path, text in files if document_is_val(text, meta["val_fraction"])]
     encoding = load_tokenizer(folder)
-    names = []
-    for ids in shards:
-        for part in np.split(ids, np.flatnonzero(ids == meta["eot"]) + 1):
-            text = part[part != meta["eot"]]
-            if len(text):
-                names.append(repr(encoding.decode(text[:16].tolist())))
-    return names
+    beginnings = [ids[:16].tolist() for ids in split_documents(val, val, meta["eot"])]
+    return [repr(encoding.decode(ids)) for ids in beginnings]
 
 # -----------------------------------------------------------------------------
 # Command line

@@ -222,7 +222,8 @@ def wrong_byte(error, ascii_before):
 def conversion(encoding, source):
     """The command that makes UTF-8 of a file."""
     unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(Path(str(source)).suffix, "cat")
-    return f"{unpack} {shlex.quote(str(source))} | iconv -f {encoding.upper()} -t UTF-8 > utf8.txt"
+    name = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding.upper())
+    return f"{unpack} {shlex.quote(str(source))} | iconv -f {name} -t UTF-8 > utf8.txt"
 
 # -----------------------------------------------------------------------------
 # Train or val
