@@ -434,26 +434,30 @@ def test_stopped_at_any_rename(tmp_path, monkeypatch, corpus, old):
         assert [path.name for path in folder.iterdir()] == ["x"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    """The real script with a limit on the size of its files; then with an old dataset, which stays."""
+@pytest.mark.parametrize("old", [False, True])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, capsys, old):
+    """A limit on the size of this process's files. An old dataset stays."""
+    resource = pytest.importorskip("resource")
     write_jsonl(tmp_path / "a.jsonl", [f"number {i} " * 100 for i in range(100)])
-    code = ("import resource, sys, data; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-            "data.main(sys.argv[1:])")
-    flags = ["--dataset", "x", "--files", tmp_path / "a.jsonl", "--data_dir", tmp_path / "data",
-             "--tokenizer", "bytes", "--val_fraction", "0.5"]
-    before = {}
-    for overwrite in ([], ["--overwrite"]):
-        done = subprocess.run([sys.executable, "-c", code, *flags, *overwrite], cwd=ROOT, text=True,
-                              capture_output=True)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.splitlines()[-1] == (f"error: {tmp_path}/data/x: File too large. "
-                                                "Nothing incomplete is kept, only downloads")
-        assert "Traceback" not in done.stderr
-        assert files_of(tmp_path / "data/x") == before if before else not any((tmp_path / "data").iterdir())
-        if not before:
-            data.main(list(map(str, flags)))
-            before = files_of(tmp_path / "data/x")
-    data.load("x", tmp_path / "data", full=True)
+    flags = ["--dataset", "x", "--files", str(tmp_path / "a.jsonl"), "--data_dir", str(tmp_path / "data"),
+             "--tokenizer", "bytes", "--val_fraction", "0.5", "--overwrite"]
+    if old:
+        data.main(flags)
+        capsys.readouterr()
+        before = files_of(tmp_path / "data/x")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        error = error_of(capsys, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error == (f"error: {tmp_path}/data/x: File too large. "
+                     "Nothing incomplete is kept, only downloads\n")
+    if old:
+        assert files_of(tmp_path / "data/x") == before
+        data.load("x", tmp_path / "data", full=True)
+    else:
+        assert list((tmp_path / "data").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b'{"text": "good"}\n{"text": "better"}\n' + bytes([0x1f, 0x8b]) * 40, b"x"])
@@ -490,22 +494,23 @@ def test_other_arguments_after_a_stop_leave_nothing_behind(tmp_path, monkeypatch
     assert files_of(tmp_path / "a/x") == files_of(tmp_path / "b/x")
 
 
-@pytest.mark.parametrize("shards_there", [1, 3])
-def test_killed(tmp_path, shards_there):
+def test_killed(tmp_path):
     """kill -9 of the real script while it writes shards."""
     rng = random.Random(0)
     write_jsonl(tmp_path / "a.jsonl", [text_of(rng, 3000) for _ in range(300)])
-    command = [sys.executable, ROOT / "data.py", "--dataset", "x", "--files", tmp_path / "a.jsonl",
-               "--tokenizer", "bytes", "--val_fraction", "0.1", "--shard_tokens", "50000", "--data_dir"]
+    flags = ["--dataset", "x", "--files", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes",
+             "--val_fraction", "0.1", "--shard_tokens", "50000", "--data_dir"]
     folder = tmp_path / "killed/x"
-    process = subprocess.Popen([*command, tmp_path / "killed"], stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(list(folder.glob("new/train_*.npy"))) < shards_there:
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", *flags, tmp_path / "killed"],
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(list(folder.glob("new/train_*.npy"))) < 2:
         time.sleep(0.0005)
     process.kill()
     process.wait()
     assert all(len(np.load(path)) == 50000 for path in folder.glob("new/train_*.npy"))
+    assert files_of(folder, but="new") == {}
     for name in ("killed", "undisturbed"):
-        subprocess.run([*command, tmp_path / name], check=True, stdout=subprocess.DEVNULL)
+        data.main([*flags, str(tmp_path / name)])
     assert files_of(folder) == files_of(tmp_path / "undisturbed/x") and len(files_of(folder)) > 10
 
 
@@ -823,11 +828,13 @@ def test_hints_work_when_typed_in(tmp_path, capsys, monkeypatch):
     flags = ["--dataset", "x", "--files", str(folder / "it's a file.jsonl"), "--data_dir", str(folder),
              "--tokenizer", "bpe:259", "--shard_tokens", "200", "--val_fraction", "0.2"]
     data.main(flags)
+    capsys.readouterr()
     before = files_of(folder / "x")
     with pytest.raises(DataError, match="there is: x") as error:
         data.load("nope", folder)
     assert "--dataset nope --files FILE.txt --data_dir" in str(error.value)
-    assert "FILE.txt does not exist" in typed_in(error).stderr
+    command = shlex.split(str(error.value).partition("python data.py ")[2])
+    assert "FILE.txt does not exist" in error_of(capsys, *command)
 
     # A damaged one: the same again
     (folder / "x/train_0001.npy").write_bytes(b"")
