@@ -12,11 +12,13 @@ import contextlib
 import ctypes
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from urllib.error import HTTPError
@@ -111,7 +113,7 @@ def has_matplotlib():
     return True
 
 # -----------------------------------------------------------------------------
-# Writing: a file gets its name when it is complete and on the disk
+# Writing: a file gets its final name when it is complete and on the disk
 
 def close_on_disk(file):
     file.flush()
@@ -122,7 +124,7 @@ def close_on_disk(file):
 def write_atomically(path, write):
     """Call write(file) on a temporary binary file, flush it to disk, rename it to `path`.
 
-    If that fails, `path` is what it was and nothing is left behind.
+    If anything fails, a full disk for instance, the temporary file is removed and what was at `path` stays.
     """
     temporary = f"{path}.tmp"
     try:
@@ -162,15 +164,42 @@ def hold(folder):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make `folder`, and let one process at a time work in it; the others wait. A killed one leaves no lock.
+    """Make `folder`, and let one process at a time work in it. The others wait."""
+    os.makedirs(Path(folder).absolute().parent, exist_ok=True)
+    with lock_beside(folder):
+        os.makedirs(folder, exist_ok=True)
+        yield
 
-    Where the system or the file system has no locks (Windows, some network drives), there is none.
+
+@contextlib.contextmanager
+def lock_beside(path):
+    """Hold the lock file path.lock. It is removed at the end, and a killed process leaves no lock.
+
+    Where the system or the file system has no locks (Windows, some network drives), nothing is locked.
     """
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}.lock", "a") as file:
+    while True:
+        file = open(f"{path}.lock", "a")
         with contextlib.suppress(OSError, AttributeError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+        # The process we waited for has removed the file that we locked: lock the new one
+        if fcntl is None or is_at(file, f"{path}.lock"):
+            break
+        file.close()
+    with file:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(f"{path}.lock")
+
+
+def is_at(file, path):
+    """Whether an open file is the one that `path` now names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 # -----------------------------------------------------------------------------
 # Reading
@@ -184,59 +213,180 @@ def file_sha256(path):
 
 
 def unzip(archive, members):
-    """Write members {name in the zip: path} whole, nothing else. Raises DataError if one cannot be read.
-
-    An archive that holds any path that leads out of its folder is refused.
-    """
+    """Write members {name in the zip: path}, nothing else. Raises DataError if one cannot be read."""
     try:
         with zipfile.ZipFile(archive) as zipped:
-            for name in zipped.namelist():
-                if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
-                    raise DataError(f"{archive} is refused: a path in it leads out of its folder: {name!r}")
             for name, path in members.items():
                 content = zipped.read(name)
                 write_atomically(path, lambda file: file.write(content))
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
         raise DataError(f"{archive} is damaged or not the official one ({error}): "
                         "remove it and try again") from None
 
 
 def fetch(url, path, sha256=None, size=None):
-    """Download url to path, unless it is there. A broken download leaves path.part; a rerun goes on there.
+    """Download url to path, unless it exists. After a broken connection, the same call resumes.
 
-    Raises DataError, also if fewer bytes arrive than the server said, or not `size` bytes with this `sha256`.
+    Of several processes that want the same file, one downloads it and the others wait.
+    sha256, size in bytes: what the file must have. Raises DataError.
     """
     if os.path.exists(path):
         return
-    part, total = f"{path}.part", size
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    headers = {"User-Agent": "Mozilla/5.0", **({"Range": f"bytes={have}-"} if have else {})}
-    try:
-        with urlopen(Request(url, headers=headers), timeout=60) as response:
-            have = have if response.status == 206 else 0    # another answer is the whole file
-            if response.headers["Content-Length"]:
-                total = have + int(response.headers["Content-Length"])
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=os.path.basename(path), initial=have, total=total, unit="B", unit_scale=True,
-                    disable=None) as bar:
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                close_on_disk(file)
-    except HTTPError as error:
-        if error.code == 416:                               # there is nothing after the part: start anew
-            os.remove(part)
-            return fetch(url, path, sha256, size)
-        raise DataError(f"{url}: HTTP {error.code} {error.reason}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {getattr(error, 'reason', error)}") from None
-    got = os.path.getsize(part)
-    if total is not None and got < total:
-        raise DataError(f"{url}: broke off at {got} of {total} bytes; the same command again goes on there")
-    if size not in (None, got) or sha256 not in (None, file_sha256(part)):
-        os.remove(part)
-        raise DataError(f"{url}: not the expected file, its size or sha256 is another; it was removed")
-    os.replace(part, path)
+    with lock_beside(path):
+        if os.path.exists(path):                            # the process that we waited for made it
+            return
+
+        # Download to path.part
+        download = Download(url, path)
+        download.connect()
+        with contextlib.closing(download), tqdm(
+                desc=os.path.basename(path), initial=download.have, total=download.size or size, unit="B",
+                unit_scale=True, disable=None) as bar:
+            while arrived := download.more():
+                bar.update(arrived)
+
+        # Check it, then give it its name
+        if size is not None and download.have < size:
+            raise download.stopped(size)
+        wrong_size = size is not None and download.have != size
+        if wrong_size or (sha256 is not None and file_sha256(download.part) != sha256):
+            download.forget()
+            raise DataError(f"{url}: not the expected file, its size or sha256 does not match. "
+                            "It was removed")
+        with open(download.part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(download.part, path)
+        download.forget()
+
+
+class Download:
+    """The beginning of a file on the web, in path.part. `more` appends the next bytes to it.
+
+    path.part.json holds what the server said of the file, its ETag and size, so that a download is resumed
+    only if it still is the same file. Otherwise it starts again, or, with restart=False, raises DataError.
+
+    have: bytes in path.part. size: bytes of the whole file, None while unknown.
+    """
+    def __init__(self, url, path, restart=True):
+        self.url, self.restart, self.response = url, restart, None
+        self.part, self.note = f"{path}.part", f"{path}.part.json"
+
+        # What an earlier download left: without both files there is nothing to resume
+        try:
+            note = json.loads(Path(self.note).read_text())
+            self.known = {"etag": note["etag"], "size": note["size"]}
+            self.size = note["size"]
+            self.have = os.path.getsize(self.part)
+        except (OSError, ValueError, KeyError, TypeError):
+            self.forget()
+
+    def forget(self):
+        """Remove what has arrived."""
+        self.known, self.size, self.have = {}, None, 0
+        for path in (self.part, self.note):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+    def is_complete(self):
+        return self.size is not None and self.have == self.size
+
+    def connect(self):
+        """Ask the server for the bytes after those that we have."""
+        if self.is_complete():
+            return
+        headers = {"User-Agent": "Mozilla/5.0"}             # WikiText's host refuses Python's own
+        if self.have:
+            headers["Range"] = f"bytes={self.have}-"
+            if self.known["etag"] and not self.known["etag"].startswith("W/"):
+                headers["If-Range"] = self.known["etag"]    # another file is then sent whole
+        try:
+            self.response = urlopen(Request(self.url, headers=headers), timeout=60)
+        except HTTPError as error:
+            if error.code == 416 and self.have:             # the file is now shorter than our part
+                return self.connect_again()
+            raise DataError(f"{self.url}: HTTP {error.code} {error.reason}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise DataError(f"{self.url}: {getattr(error, 'reason', error)}") from None
+
+        # Is it the file that our part is the beginning of?
+        told = self.told()
+        if self.have and (self.response.status != 206 or told != self.known or not any(told.values())):
+            return self.connect_again()
+        self.known, self.size = told, told["size"]
+        write_json(self.note, told)
+        open(self.part, "ab").close()                       # also a file of 0 bytes is a file
+
+    def connect_again(self):
+        """From the first byte."""
+        self.close()
+        self.forget()
+        if not self.restart:
+            raise DataError(f"{self.url} has changed or cannot be resumed, so its beginning was removed: "
+                            "run the same command again")
+        self.connect()
+
+    def told(self):
+        """{"etag", "size"} of the whole file as the server's answer gives them, None where it does not."""
+        headers = self.response.headers
+        size = headers["Content-Length"]
+        if self.response.status == 206:                     # Content-Range: bytes 100-199/200
+            size = (headers["Content-Range"] or "").rpartition("/")[2]
+        return {"etag": headers["ETag"], "size": int(size) if size and size.isdigit() else None}
+
+    def more(self):
+        """Append up to 1 MiB to path.part. Returns the number of bytes, 0 at the end of the file.
+
+        Raises DataError if the connection breaks.
+        """
+        if self.response is None:
+            self.connect()
+        if self.is_complete():
+            return 0
+        try:
+            chunk = self.response.read(2**20)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise self.stopped(self.size, error) from None
+        if not chunk and self.size is not None:             # the server hung up
+            raise self.stopped(self.size)
+        with open(self.part, "ab") as file:
+            file.write(chunk)
+        self.have += len(chunk)
+        return len(chunk)
+
+    def stopped(self, size, error=None):
+        reason = f" ({getattr(error, 'reason', error)})" if error else ""
+        return DataError(f"{self.url}: stopped at {self.have} of {size} bytes{reason}. "
+                         "Run the same command again to resume")
+
+    def close(self):
+        if self.response is not None:
+            self.response.close()
+
+
+class WebFile(io.RawIOBase):
+    """A file on the web, read from its beginning: only what is read is downloaded, and kept in path.part.
+
+        with WebFile("https://example.org/a.txt", "data/a.txt") as file:
+            file.read(100)
+    """
+    def __init__(self, url, path):
+        self.download = Download(url, path, restart=False)
+        self.file = open(self.download.part, "a+b")
+        self.file.seek(0)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self.file.readinto(buffer)
+        if count == 0 and self.download.more():
+            count = self.file.readinto(buffer)
+        return count
+
+    def close(self):
+        self.file.close()
+        self.download.close()
+        super().close()
 
 # -----------------------------------------------------------------------------
 # Devices

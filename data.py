@@ -2,19 +2,27 @@
 Documents -> tokens -> memory-mapped shards -> windows.
 
     python data.py                                          # this Python's standard library, no download
-    python data.py --dataset pile --shards 0 1              # downloads two of the Pile's 30 parts
+    python data.py --dataset mine --files book.txt          # your own text
     python data.py --dataset mine --files a.jsonl b.jsonl.gz c.jsonl.zst d.txt --tokenizer bpe:4096
+    python data.py --dataset pile --shards 0 --max_tokens 100000000     # downloads 110 MB of the Pile
+    python data.py --dataset pile --shards 0 1              # two of its 30 shards, 11.1 GB and 9.8e9 tokens each
     python data.py --dataset mine --check                   # sha256 of every shard, every token id
+    python data.py --dataset mine --overlap                 # text of val that also occurs in train
 
 A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after each
-document), tokenizer.json, and meta.json (sources, counts, sha256), which comes last: without it there is
-no dataset. A file gets its name when it is complete. After a crash the same command starts anew and makes
-the same bytes, on any number of cores (downloads go on where they broke off).
+document), tokenizer.json, unigram.npy (how often each id occurs in train) and meta.json (sources, counts,
+sha256). It is made in data/NAME/new and moved into place when complete, so that an old dataset is there
+until the new one works. After a crash, run the same command again: it produces the same bytes, on any
+number of cores, and downloads resume.
 """
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -23,155 +31,125 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import PIECE, STDLIB, pieces, sample
-from common import (DataError, close_on_disk, fetch, file_sha256, locked, one_line_errors, write_atomically,
+from documents import (STDLIB, Remote, Split, choose_split, document_is_val, pieces, stdlib_files,
+                       vocabulary_text)
+from common import (DataError, Help, fetch, file_sha256, locked, one_line_errors, write_atomically,
                     write_json)
-from tokenizer import build_encoding, make_tokenizer, save_tokenizer
+from tokenizer import (PIECE, build_encoding, load_tokenizer, make_tokenizer, save_tokenizer,
+                       token_bytes)
 
 DATA_DIR = "data"
 PILE_URL = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train"
 VAL_FRACTION = {"stdlib": 0.1, "pile": 0.005}   # of the documents; any other dataset: 0.01
 SHARD_TOKENS = 100_000_000
-SCAN = 2**24            # tokens at the start of each shard whose ids are checked whenever it is loaded
+SPLITS = ("train", "val")
 
 # -----------------------------------------------------------------------------
-# Shards
-
-def encode(stream, encoding):
-    """Encode (split, text, last) on all cores: yield (split, ids uint32, bytes of text, last), in this order.
-
-    Threads, as tiktoken works outside of Python's lock. Text that looks like a special token is text.
-    """
-    def work(group):
-        out = []
-        for split, text, last in group:
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
-            ids = np.append(ids, np.uint32(encoding.eot_token)) if last else ids
-            out.append((split, ids, len(text.encode()), last))
-        return out
-
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(threads) as pool:
-        running, group, size = deque(), [], 0
-        for piece in stream:
-            group.append(piece)
-            size += len(piece[1])
-            if size >= PIECE:                               # a thread gets many small documents at once
-                running.append(pool.submit(work, group))
-                group, size = [], 0
-            if len(running) > 2 * threads:                  # bounds the memory
-                yield from running.popleft().result()
-        for future in [*running, pool.submit(work, group)]:
-            yield from future.result()
-
-
-class ShardWriter:
-    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ..., shard_tokens in each.
-
-    shards: [{"file", "tokens", "sha256"}, ...] of those that are complete. Call close() at the end.
-    """
-    def __init__(self, folder, split, dtype, shard_tokens):
-        self.prefix, self.dtype = os.path.join(folder, split), np.dtype(dtype)
-        self.shard_tokens, self.shards, self.file = shard_tokens, [], None
-
-    def write(self, ids):
-        while len(ids):
-            if self.file is None:
-                self.file, self.tokens = open(f"{self.prefix}.tmp", "wb"), 0
-                self.write_header()
-            now, ids = np.split(ids, [self.shard_tokens - self.tokens])
-            self.file.write(now.astype(self.dtype).tobytes())
-            self.tokens += len(now)
-            if self.tokens == self.shard_tokens:
-                self.close()
-
-    def write_header(self):
-        """Written again at the end: numpy pads it, so its length does not depend on the number of tokens."""
-        self.file.seek(0)
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.tokens,)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-    def close(self):
-        if self.file:
-            self.write_header()
-            close_on_disk(self.file)
-            path = f"{self.prefix}_{len(self.shards):04d}.npy"
-            self.shards.append({"file": os.path.basename(path), "tokens": self.tokens,
-                                "sha256": file_sha256(self.file.name)})
-            os.replace(self.file.name, path)
-            self.file = None
-
+# Documents -> shards
 
 def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, shard_tokens=SHARD_TOKENS,
-            data_dir=DATA_DIR, base_url=PILE_URL, overwrite=False):
-    """Make the dataset data_dir/name, unless it is there, and return its meta.json. Raises DataError.
+            max_tokens=None, data_dir=DATA_DIR, base_url=PILE_URL, overwrite=False):
+    """Make the dataset data_dir/name, unless it exists, and return its meta.json. Raises DataError.
 
     name: "stdlib"; "pile" with `shards`, a list of numbers; or any other with `files`, a list of paths.
     tokenizer: "gpt2", "bytes" or "bpe:N"; by default bpe:2048 for stdlib, else gpt2.
+    max_tokens: stop after so many tokens, of both splits together. Of the Pile, only as much is downloaded.
     """
-    folder = os.path.join(data_dir, name)
+    # What is wanted, as it will stand in meta.json
     files = [str(path) for path in files or []]
     urls = [f"{base_url}/{shard:02d}.jsonl.zst" for shard in shards or []]
-    wanted = {"name": name, "sources": files or urls or [STDLIB],
-              "tokenizer": tokenizer or ("bpe:2048" if name == "stdlib" else "gpt2"),
-              "val_fraction": VAL_FRACTION.get(name, 0.01) if val_fraction is None else val_fraction,
-              "shard_tokens": shard_tokens}
+    if tokenizer is None:
+        tokenizer = "bpe:2048" if name == "stdlib" else "gpt2"
+    if val_fraction is None:
+        val_fraction = VAL_FRACTION.get(name, 0.01)
+    wanted = {"name": name, "sources": files or urls or [STDLIB], "tokenizer": tokenizer,
+              "val_fraction": val_fraction, "shard_tokens": shard_tokens, "max_tokens": max_tokens}
     check_arguments(wanted, files, urls)
+
+    folder = os.path.join(data_dir, name)
     with locked(folder):
+        finish_replacing(folder)
         if os.path.exists(os.path.join(folder, "meta.json")) and not overwrite:
-            meta, _ = load(name, data_dir)
-            changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
-            if changed:
-                raise DataError(f"{folder} is there already, with other {changed}: "
-                                "add --overwrite to replace it")
-            print(f"{folder} is there already")
+            meta = check_existing(wanted, data_dir)
+            print(f"{folder} already exists")
             return meta
-        for old in ["meta.json", "train_*.npy", "val_*.npy"]:
-            for path in Path(folder).glob(old):
-                path.unlink()
-        downloads = [os.path.join(folder, os.path.basename(url)) for url in urls]
-        for url, path in zip(urls, downloads):
-            fetch(url, path)
-        meta = write_dataset(folder, downloads or wanted["sources"], wanted)
+        with one_reason(folder):
+            meta = make(folder, wanted, urls)
     for split, total in meta["splits"].items():
-        counts = ", ".join(f"{total[key]:,} {key}" for key in ("documents", "bytes", "tokens"))
-        print(f"{folder}: {split}: {counts}")
+        print(f"{folder}: {split}: {total['documents']:,} documents, {total['bytes']:,} bytes, "
+              f"{total['tokens']:,} tokens")
     return meta
 
 
-def check_arguments(wanted, files, urls):
-    """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
-    name, bpe = wanted["name"], re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
-    own = name not in ("stdlib", "pile")
-    for wrong, message in [
-        (bool(urls) != (name == "pile"), "--dataset pile needs --shards, and no other has any"),
-        (own and not files, f"--dataset {name} needs --files"),
-        (files and not own, f"--files need another --dataset name than {name}"),
-        (not bpe or int(bpe[1] or 257) < 257, "the tokenizer is gpt2, bytes or bpe:N with N of at least 257"),
-        (not 0 < wanted["val_fraction"] < 1, "val_fraction is between 0 and 1"),
-        (wanted["shard_tokens"] < 1, "shard_tokens is at least 1"),
-    ]:
-        if wrong:
-            raise DataError(message)
-    for path in files:
-        if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
-            raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
-        if not os.path.isfile(path):
-            raise DataError(f"{path} is not there")
-        if os.path.getsize(path) == 0:
-            raise DataError(f"{path} is empty")
+def make(folder, wanted, urls):
+    """Make the dataset in folder/new, then move it to `folder`. Returns meta.json."""
+    new = os.path.join(folder, "new")
+    shutil.rmtree(new, ignore_errors=True)                  # of a run that was killed
+    try:
+        # The sources: files that are here, or what is needed of the Pile's shards
+        sources = wanted["sources"]
+        if urls:
+            sources = []
+            for url in urls:
+                path = os.path.join(folder, os.path.basename(url))
+                streamed = wanted["max_tokens"] is not None and not os.path.exists(path)
+                if not streamed:
+                    fetch(url, path)
+                sources.append(Remote(url, path) if streamed else path)
+        os.makedirs(new, exist_ok=True)
+        meta = write_dataset(new, sources, wanted)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)                                # if it is empty
+        raise
+    finish_replacing(folder)
+    return meta
+
+
+def finish_replacing(folder):
+    """If folder/new holds a complete dataset, put it in place of the old one.
+
+    When it is stopped in between, there is no meta.json in `folder`, and the next call does the rest.
+    """
+    new = Path(folder, "new")
+    if not Path(new, "meta.json").exists():
+        return
+    with open(new / "meta.json") as file:
+        meta = json.load(file)
+    shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
+
+    # Away with the old one, with meta.json first
+    Path(folder, "meta.json").unlink(missing_ok=True)
+    for pattern in ("train_*.npy", "val_*.npy", "*.tmp"):
+        for path in Path(folder).glob(pattern):
+            if path.name not in shards:
+                path.unlink()
+
+    # The new one takes its place, with meta.json last
+    names = sorted(path.name for path in new.iterdir() if path.name != "meta.json")
+    for name in [*names, "meta.json"]:
+        os.replace(new / name, Path(folder, name))
+    new.rmdir()
 
 
 def write_dataset(folder, sources, wanted):
-    """Tokenize the sources; returns meta.json, which is `wanted` and what is known at the end."""
-    spec = make_tokenizer(wanted["tokenizer"], sample(sources, wanted["val_fraction"]))
+    """Tokenize the sources. Returns meta.json, which is `wanted` and what is known at the end."""
+    contents = [content_of(source) for source in sources]
+
+    # Which documents are for validation. A stream is long enough for the plain rule
+    split = Split(wanted["val_fraction"])
+    if not any(isinstance(source, Remote) for source in sources):
+        split = choose_split(sources, wanted["val_fraction"])
+
+    # The tokenizer
+    spec = make_tokenizer(wanted["tokenizer"], vocabulary_text(sources, split))
     encoding = build_encoding(spec)
     save_tokenizer(spec, folder)
-    dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
-    splits = ("train", "val")
-    writers = {split: ShardWriter(folder, split, dtype, wanted["shard_tokens"]) for split in splits}
-    totals = {split: Counter(tokens=0, bytes=0, documents=0) for split in splits}
-    unigram = np.zeros(encoding.n_vocab, dtype=np.int64)
+
+    # The shards
+    writers = {side: ShardWriter(folder, side, encoding.n_vocab, wanted["shard_tokens"]) for side in SPLITS}
+    totals = {side: Counter(tokens=0, bytes=0, documents=0) for side in SPLITS}
     skipped = 0
 
     def report(error):
@@ -180,85 +158,202 @@ def write_dataset(folder, sources, wanted):
         if skipped <= 5:
             tqdm.write(f"skipped {error}", file=sys.stderr)
 
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
-        for split, ids, size, last in encode(pieces(sources, wanted["val_fraction"], report), encoding):
-            writers[split].write(ids)
-            if split == "train":
-                unigram += np.bincount(ids, minlength=len(unigram))
-            totals[split].update(tokens=len(ids), bytes=size, documents=int(last))
+    stream = encode(pieces(sources, split, report), encoding)
+    stream = first_tokens(stream, wanted["max_tokens"], encoding)
+    with (contextlib.closing(stream),
+          tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar):
+        for side, ids, size, last in stream:
+            writers[side].write(ids)
+            totals[side].update(tokens=len(ids), bytes=size, documents=int(last))
             bar.update(size)
     if skipped:
         print(f"skipped {skipped} lines or files in all", file=sys.stderr)
-    for split, change in [("train", "lower"), ("val", "raise")]:
-        writers[split].close()
-        if not totals[split]["documents"]:
-            raise DataError(f"no document fell into {split}: {change} --val_fraction, which is "
-                            f"{wanted['val_fraction']}, or add documents")
-    meta = {**wanted, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype,
-            "skipped": skipped,
-            "splits": {split: {**totals[split], "shards": writers[split].shards} for split in splits}}
-    write_atomically(os.path.join(folder, "unigram.npy"), lambda file: np.save(file, unigram))
+    for side in SPLITS:
+        writers[side].close()
+        if totals[side]["tokens"] == 0:
+            raise DataError(f"{side} has no document: more documents, a larger --max_tokens or another "
+                            f"--val_fraction, which is {wanted['val_fraction']}, may help")
+
+    # The counts of each id, and meta.json last
+    save_array(os.path.join(folder, "unigram.npy"), writers["train"].counts)
+    splits = {side: {**totals[side], "shards": writers[side].shards} for side in SPLITS}
+    meta = {**wanted, "contents": contents, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
+            "dtype": writers["train"].dtype.name, "skipped": skipped, "splits": splits}
     write_json(os.path.join(folder, "meta.json"), meta)
     return meta
 
+
+def encode(stream, encoding):
+    """Encode (side, text, last) on all cores: yield (side, ids uint32, bytes of text, last), in this order.
+
+    Threads, as tiktoken works outside of Python's lock. Text that looks like a special token is text.
+    """
+    def work(group):
+        out = []
+        for side, text, last in group:
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+            if last:
+                ids = np.append(ids, np.uint32(encoding.eot_token))
+            out.append((side, ids, len(text.encode()), last))
+        return out
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        running, group, size = deque(), [], 0
+        for piece in stream:
+            # A thread gets many small documents at once
+            group.append(piece)
+            size += len(piece[1])
+            if size >= PIECE:
+                running.append(pool.submit(work, group))
+                group, size = [], 0
+
+            # Results in order, and not too many waiting: this bounds the memory
+            if len(running) > 2 * cores:
+                yield from running.popleft().result()
+        for future in [*running, pool.submit(work, group)]:
+            yield from future.result()
+
+
+def first_tokens(stream, max_tokens, encoding):
+    """The first max_tokens tokens (None: all) of what `encode` yields. The last document may be cut."""
+    left = max_tokens
+    for side, ids, size, last in stream:
+        if left is None or len(ids) < left:
+            yield side, ids, size, last
+        else:
+            ids = ids[:left]
+            yield side, ids, int(token_bytes(encoding)[ids].sum()), True
+            break
+        if left is not None:
+            left -= len(ids)
+
+
+class ShardWriter:
+    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ..., shard_tokens in each. Call close() at the end.
+
+    shards: [{"file", "tokens", "sha256"}, ...] of those that are complete.
+    counts: (V,) int64, how often each id occurs in them.
+    """
+    def __init__(self, folder, split, n_vocab, shard_tokens):
+        self.prefix = os.path.join(folder, split)
+        self.dtype = np.dtype("uint16" if n_vocab <= 2**16 else "uint32")
+        self.ids = np.empty(shard_tokens, dtype=self.dtype)     # the system gives memory only as it is filled
+        self.filled = 0
+        self.shards = []
+        self.counts = np.zeros(n_vocab, dtype=np.int64)
+
+    def write(self, ids):
+        while len(ids) > 0:
+            now = ids[:len(self.ids) - self.filled]
+            self.ids[self.filled:self.filled + len(now)] = now
+            self.filled += len(now)
+            ids = ids[len(now):]
+            if self.filled == len(self.ids):
+                self.close()
+
+    def close(self):
+        if self.filled == 0:
+            return
+        path = f"{self.prefix}_{len(self.shards):04d}.npy"
+        ids = self.ids[:self.filled]
+        save_array(path, ids)
+        self.shards.append({"file": os.path.basename(path), "tokens": self.filled,
+                            "sha256": file_sha256(path)})
+        for start in range(0, len(ids), 2**20):                 # bincount converts to int64: in small parts
+            self.counts += np.bincount(ids[start:start + 2**20], minlength=len(self.counts))
+        self.filled = 0
+
+
+def save_array(path, array):
+    """np.save in one step: `path` exists when it is complete. (np.save itself does not say why it failed.)"""
+    def write(file):
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
+    write_atomically(path, write)
+
 # -----------------------------------------------------------------------------
-# Windows
+# Shards -> windows
 
 def load(name, data_dir=DATA_DIR, full=False):
     """A dataset as (meta.json, {"train": [ids of each shard, memory-mapped], "val": [...]}).
 
     Raises DataError for a dataset or shard that is missing, cut short or not the one in meta.json, and for an
-    id beyond the vocabulary in the first SCAN tokens of a shard. full: in any token, and for a wrong sha256.
+    id beyond the vocabulary at the start of a shard. full: anywhere in it, and for a wrong sha256.
     """
     folder = os.path.join(data_dir, name)
     try:
         with open(os.path.join(folder, "meta.json")) as file:
             meta = json.load(file)
         dtype, vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
-        listed = [(split, os.path.join(folder, shard["file"]), shard["tokens"], shard["sha256"])
-                  for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
+        listed = [(split, shard["file"], shard["tokens"], shard["sha256"])
+                  for split in SPLITS for shard in meta["splits"][split]["shards"]]
     except FileNotFoundError:
-        raise DataError(f"there is no dataset {folder}: python data.py --dataset {name} makes it") from None
+        found = ", ".join(sorted(path.parent.name for path in Path(data_dir).glob("*/meta.json")))
+        raise DataError(f"there is no dataset {folder} (there is: {found or 'none'}). It is made by: "
+                        f"{how_to_make(name, data_dir)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/meta.json is damaged, {error!r}: make it again (--overwrite)") from None
+        raise DataError(f"{folder}/meta.json is damaged, {error!r}. Make it again: "
+                        f"{how_to_make(name, data_dir, overwrite=True)}") from None
+
     splits = {"train": [], "val": []}
-    for split, path, tokens, sha256 in listed:
+    for split, file, tokens, sha256 in listed:
+        path = os.path.join(folder, file)
         try:
             ids = np.lib.format.open_memmap(path, mode="r")
             if ids.dtype != dtype or ids.shape != (tokens,):
                 raise ValueError(f"it holds {ids.dtype} {ids.shape}, not {dtype} ({tokens},)")
-            if max(ids[i:i + SCAN].max() for i in range(0, tokens if full else 1, SCAN)) >= vocab_size:
+            if largest_id(ids, full) >= vocab_size:
                 raise ValueError(f"it holds an id beyond the vocabulary of {vocab_size}")
             if full and file_sha256(path) != sha256:
-                raise ValueError("its sha256 is another")
+                raise ValueError("its sha256 does not match meta.json")
         except (OSError, ValueError, EOFError) as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else error
-            raise DataError(f"{path} is not as it was made: {reason}; make it again (--overwrite)") from None
+            raise DataError(f"{path} is damaged: {reason}. Make it again: "
+                            f"{how_to_make(name, data_dir, meta, overwrite=True)}") from None
         splits[split].append(ids)
     return meta, splits
 
 
-def load_unigram(folder):
-    """How often each token occurs in the training split: (V,) float64 log-probabilities, nats.
+SCAN = 2**16            # tokens at the start of each shard whose ids are checked whenever it is loaded
+CHUNK = 2**24           # tokens at a time when all are checked
 
-    folder: of a dataset or a checkpoint. Every count is raised by one, so that none is -inf. Raises DataError.
+def largest_id(ids, full):
+    if not full:
+        return ids[:SCAN].max()
+    return max(ids[start:start + CHUNK].max() for start in range(0, len(ids), CHUNK))
+
+
+def load_unigram(folder):
+    """(V,) float64, log-probabilities in nats of each text id by how often it occurs in train, with add-one
+    smoothing: what one can say of a token without any context.
+
+    folder: of a dataset or a checkpoint. Raises DataError if unigram.npy is missing or damaged.
     """
     path = os.path.join(folder, "unigram.npy")
     try:
-        counts = np.load(path) + 1.0
+        counts = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: it was not made by this version of data.py") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is missing or damaged ({error}): prepare the dataset again (--overwrite)"
-                        ) from None
-    return np.log(counts / counts.sum())
+        raise DataError(f"{path} is damaged: {error}") from None
+    if counts.ndim != 1 or counts.dtype != np.int64 or len(counts) == 0 or counts.min() < 0:
+        raise DataError(f"{path} is damaged: it holds {counts.dtype} {counts.shape}, not counts of ids")
+    return np.log(counts + 1) - np.log(counts.sum() + len(counts))
 
 
-def check_window(shards, span):
-    """(shards,) how many windows of `span` tokens begin in each shard. Raises DataError if there are none."""
+def check_window(shards, span, split="text"):
+    """(shards,) how many windows of `span` tokens begin in each shard. Raises DataError if there are none.
+
+    split: the name of these shards, for the message.
+    """
     starts = np.array([max(0, len(ids) - span + 1) for ids in shards])
     if not starts.any():
         longest = max(map(len, shards), default=0)
-        raise DataError(f"the corpus ({longest} tokens in its longest shard) is shorter than a window of "
-                        f"{span} tokens: take more text or a smaller block_size")
+        flag = ", a larger --val_fraction" if split == "val" else ""
+        raise DataError(f"{split} ({longest} tokens in its longest shard) is shorter than a window of "
+                        f"{span} tokens: take more text{flag} or a smaller block_size")
     return starts
 
 
@@ -266,43 +361,235 @@ def windows(shards, span, u):
     """Windows of consecutive tokens: shards, a list of (n,) ids; u (B,) float64 in [0, 1) -> (B, span) int64.
 
     Of all W windows that lie within one shard, row i is number floor(u[i] * W): uniform if u is.
+    With shards [5, 6, 7] and [8, 9] and span 2 there are W = 3 windows:
+
+        u = [0.0, 0.5, 0.9]  ->  [[5, 6], [6, 7], [8, 9]]
     """
     starts = check_window(shards, span)
     ends = starts.cumsum()                                                          # W = ends[-1]
     number = (u * ends[-1]).astype(np.int64)                                        # (B,)
     shard = np.searchsorted(ends, number, side="right")                             # (B,)
     first = number - (ends - starts)[shard]                                         # (B,) place in the shard
-    return np.stack([shards[s][i:i + span] for s, i in zip(shard, first)]).astype(np.int64)
+    rows = [shards[s][i:i + span] for s, i in zip(shard, first)]
+    return np.stack(rows).astype(np.int64)                                          # (B, span)
+
+# -----------------------------------------------------------------------------
+# What is wanted, and what exists
+
+def content_of(source):
+    """{"bytes", "sha256"} of a source, to notice when it has changed. None for one that is streamed."""
+    if isinstance(source, Remote):
+        return None
+    if source != STDLIB:
+        return {"bytes": os.path.getsize(source), "sha256": file_sha256(source)}
+    size, digest = 0, hashlib.sha256()
+    for path, text in stdlib_files():
+        size += len(text.encode())
+        digest.update(f"{path}\0{text}\0".encode())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def check_existing(wanted, data_dir):
+    """meta.json of the dataset that exists. Raises DataError if it is not what is wanted."""
+    folder = os.path.join(data_dir, wanted["name"])
+    meta, _ = load(wanted["name"], data_dir)
+    changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
+    if changed:
+        raise DataError(f"{folder} already exists with a different {changed}: "
+                        "add --overwrite to replace it")
+    if "contents" not in meta:
+        raise DataError(f"{folder} already exists, made by an earlier version of data.py: "
+                        "add --overwrite to replace it")
+
+    # Are the files still what they were? What was downloaded may have been removed
+    for source, content in zip(wanted["sources"], meta["contents"]):
+        if (source == STDLIB or os.path.exists(source)) and content_of(source) != content:
+            raise DataError(f"{folder} already exists, and {source} has changed since: "
+                            "add --overwrite to make it again")
+    return meta
+
+
+def check_arguments(wanted, files, urls):
+    """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
+    name = wanted["name"]
+    if bool(urls) != (name == "pile"):
+        raise DataError("--dataset pile needs --shards, and no other dataset has any")
+    if name in ("stdlib", "pile"):
+        if files:
+            raise DataError(f"--files need another --dataset name than {name}")
+    elif not files:
+        raise DataError(f"--dataset {name} needs --files")
+    if not name or os.path.basename(name) != name or name in (".", ".."):
+        raise DataError(f"--dataset {name!r} is not the name of a folder")
+
+    bpe = re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
+    if not bpe or int(bpe[1] or 257) < 257:
+        raise DataError("the tokenizer is gpt2, bytes or bpe:N with N of at least 257")
+    if not 0 < wanted["val_fraction"] < 1:
+        raise DataError("val_fraction is between 0 and 1")
+    if not 1 <= wanted["shard_tokens"] <= 10**9:
+        raise DataError("shard_tokens is at least 1 and at most 1,000,000,000")
+    if wanted["max_tokens"] is not None and wanted["max_tokens"] < 2:
+        raise DataError("max_tokens is at least 2")
+
+    for path in files:
+        if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
+            raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
+        if not os.path.isfile(path):
+            raise DataError(f"{path} does not exist")
+        if os.path.getsize(path) == 0:
+            raise DataError(f"{path} is empty")
+
+
+@contextlib.contextmanager
+def one_reason(folder):
+    """A full disk and the like as a DataError that names the file or the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}. "
+                        "Nothing incomplete is kept, only downloads") from None
+
+
+def how_to_make(name, data_dir, meta=None, overwrite=False):
+    """The command that makes a dataset, to be typed in. meta: its meta.json where that is known."""
+    words = ["python", "data.py", "--dataset", name]
+
+    # The same text as before, or a proposal
+    if meta is None:
+        if name == "pile":
+            words += ["--shards", "0", "--max_tokens", str(SHARD_TOKENS)]
+        elif name != "stdlib":
+            words += ["--files", "FILE.txt"]
+    elif name == "pile":
+        words += ["--base_url", os.path.dirname(meta["sources"][0])]
+        words += ["--shards", *[str(int(os.path.basename(url)[:2])) for url in meta["sources"]]]
+    elif name != "stdlib":
+        words += ["--files", *meta["sources"]]
+
+    # The same settings
+    if meta is not None:
+        for flag in ("tokenizer", "val_fraction", "shard_tokens", "max_tokens"):
+            if meta.get(flag) is not None:
+                words += [f"--{flag}", str(meta[flag])]
+    if str(data_dir) != DATA_DIR:
+        words += ["--data_dir", str(data_dir)]
+    if overwrite:
+        words += ["--overwrite"]
+    return shlex.join(words)
+
+# -----------------------------------------------------------------------------
+# How much of val also stands in train
+
+GRAM = 13               # tokens
+
+def overlap(train, val, eot):
+    """For each document of val, which of its tokens lie in a run of GRAM tokens that also occurs in train.
+
+    train, val: (n,) ids of all documents. Returns a list of (n,) bool, one per document, without end-of-text.
+    """
+    # Which runs of val occur in train. Different runs have the same number by chance once in 2**64
+    known = np.sort(gram_hashes(train))
+    hashes = gram_hashes(val)                                                       # (n - GRAM + 1,)
+    found = np.searchsorted(known, hashes) < np.searchsorted(known, hashes, side="right")
+
+    # Which tokens lie in them
+    copied = np.zeros(len(val), dtype=bool)
+    for offset in range(GRAM):
+        copied[offset:offset + len(found)] |= found
+    return split_documents(copied, val, eot)
+
+
+def split_documents(values, ids, eot):
+    """Cut values, (n,), one per token, into those of each document, without its end-of-text."""
+    starts = np.flatnonzero(ids == eot) + 1
+    parts = zip(np.split(values, starts), np.split(ids, starts))
+    return [part[text != eot] for part, text in parts if len(text)]
+
+
+def gram_hashes(ids):
+    """(n - GRAM + 1,) uint64, a hash of every run of GRAM tokens: a polynomial in an odd number, modulo 2**64."""
+    ids = ids.astype(np.uint64) + np.uint64(1)
+    hashes = np.zeros(max(0, len(ids) - GRAM + 1), dtype=np.uint64)
+    for offset in range(GRAM):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[offset:offset + len(hashes)]
+    return hashes
+
+
+def print_overlap(name, data_dir, shown=15):
+    """The documents of val with the most text that also stands in train, and the share of all of it."""
+    folder = os.path.join(data_dir, name)
+    meta, shards = load(name, data_dir)
+    train, val = np.concatenate(shards["train"]), np.concatenate(shards["val"])
+    copied = overlap(train, val, meta["eot"])
+    names = document_names(folder, meta, val)
+
+    print(f"{folder}: tokens of val in runs of {GRAM} tokens that also occur in train\n")
+    print("share   tokens  document")
+    shares = np.array([part.mean() for part in copied])
+    tokens = np.array([len(part) for part in copied])
+    for i in np.argsort(-shares, kind="stable")[:shown]:
+        print(f"{shares[i]:5.1%} {tokens[i]:>8,}  {names[i]}")
+
+    print(f"\nall {len(copied)} documents: {np.concatenate(copied).mean():.1%} of the tokens")
+    for limit in (0.5, 0.2):
+        above = shares > limit
+        share_of_tokens = tokens[above].sum() / tokens.sum()
+        print(f"documents with more than {limit:.0%}: {above.sum()} ({above.mean():.1%}), with "
+              f"{share_of_tokens:.1%} of the tokens")
+
+
+def document_names(folder, meta, val):
+    """For each document of val, its path in the standard library, or else its first characters."""
+    if meta["sources"] == [STDLIB]:
+        files = [(path, text) for path, text in stdlib_files() if text]
+        return [path for path, text in files if document_is_val(text, meta["val_fraction"])]
+    encoding = load_tokenizer(folder)
+    beginnings = [ids[:16].tolist() for ids in split_documents(val, val, meta["eot"])]
+    return [repr(encoding.decode(ids)) for ids in beginnings]
 
 # -----------------------------------------------------------------------------
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     p.add_argument("--dataset", default="stdlib", metavar="NAME",
-                   help="stdlib (default), pile, or a name of your own for --files; made in DATA_DIR/NAME")
+                   help="stdlib, pile, or a name of your own for --files; it is made in DATA_DIR/NAME")
     p.add_argument("--files", nargs="+", metavar="FILE",
-                   help=".jsonl (a document a line, in field text), .txt (one document), also with .gz, .zst")
-    p.add_argument("--shards", nargs="+", type=int, metavar="N", help="pile: parts to download, of 0 to 29")
-    p.add_argument("--base_url", default=PILE_URL, help="pile: where the parts are (default: %(default)s)")
-    p.add_argument("--tokenizer", help="gpt2 (default), bytes, or bpe:N, trained here; stdlib: bpe:2048")
+                   help=".jsonl (one document per line, in field text), .txt (one document), "
+                        "also with .gz, .zst")
+    p.add_argument("--shards", nargs="+", type=int, metavar="N",
+                   help="pile: shards to download, of 0 to 29; each is 11.1 GB and 9.8e9 tokens")
+    p.add_argument("--max_tokens", type=int, metavar="N",
+                   help="stop after N tokens; the download of a shard stops too (about 1.1 bytes per token)")
+    p.add_argument("--base_url", default=PILE_URL, help="pile: where the shards are")
+    p.add_argument("--tokenizer",
+                   help="gpt2, bytes, or bpe:N, trained here (default: gpt2; stdlib: bpe:2048)")
     p.add_argument("--val_fraction", type=float, metavar="F",
-                   help="of the documents, for validation (default: 0.01; stdlib 0.1, pile 0.005)")
+                   help="share of the documents for validation (default: 0.01; stdlib 0.1, pile 0.005); "
+                        "a single document is cut")
     p.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, metavar="N",
-                   help="tokens in a .npy file (default: %(default)s)")
-    p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets (default: %(default)s)")
-    p.add_argument("--overwrite", action="store_true", help="replace the dataset if it is there")
-    p.add_argument("--check", action="store_true", help="make nothing, verify every sha256 and token id")
+                   help="tokens per .npy file")
+    p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace the dataset if it exists, once the new one is complete")
+    p.add_argument("--check", action="store_true",
+                   help="make nothing, verify every sha256 and token id")
+    p.add_argument("--overlap", action="store_true",
+                   help="make nothing, show how much of the validation text also occurs in training "
+                        "(needs 8 bytes of memory per token)")
     return p
 
 
 def main(argv=None):
     args = vars(build_parser().parse_args(argv))
-    name, only_check = args.pop("dataset"), args.pop("check")
+    name, only_check, only_overlap = args.pop("dataset"), args.pop("check"), args.pop("overlap")
     with one_line_errors(DataError, OSError):
         if only_check:
             load(name, args["data_dir"], full=True)
-            print(f"{os.path.join(args['data_dir'], name)} is as it was made")
+            print(f"{os.path.join(args['data_dir'], name)} is intact")
+        elif only_overlap:
+            print_overlap(name, args["data_dir"])
         else:
             prepare(name, **args)
 

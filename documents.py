@@ -2,74 +2,109 @@
 Where text comes from: files of documents, each an iterable of strings;
 the split into training and validation.
 
-    list(documents("a.jsonl.zst"))      # one document a line; also .jsonl, .jsonl.gz, .txt, .txt.gz, .txt.zst
+    list(documents("a.jsonl.zst"))      # one document per line; also .jsonl, .jsonl.gz, .txt, .txt.gz, .txt.zst
     stdlib_files()                      # the running Python's own library: [(path, text), ...]
+    read_text("a.txt")                  # a whole file as one string
 
-An enormous document must not be in memory at once, so it is read and cut in pieces. A document belongs to
-train or val by a hash of its beginning: the split does not depend on order or on the number of cores.
+A very large document should not be in memory at once, so it is read and cut in pieces. A document belongs to
+train or val by a hash of its beginning: the split does not depend on the order or on the number of cores.
 """
 import codecs
+import contextlib
 import gzip
 import hashlib
 import json
+import math
 import re
+import shlex
 import sys
 import sysconfig
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
-from common import DataError
+from common import DataError, WebFile
+from tokenizer import PIECE, cut
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
-STDLIB = f"standard library of Python {sys.version.split()[0]}"
-PIECE = 2**18           # characters; longer documents are encoded in pieces of at most this size
+STDLIB = f"standard library of Python {sys.version.split()[0]} without encodings"
 MAX_LINE = 2**25        # bytes; a longer line of a .jsonl file is skipped, so that memory stays bounded
 BPE_SAMPLE = 2**24      # characters that a vocabulary is trained on
 
+
+class Remote(NamedTuple):
+    """A source on the web. What has been read of it is kept in path.part."""
+    url: str
+    path: str
+
+    def __str__(self):
+        return self.url
+
 # -----------------------------------------------------------------------------
-# Documents. Each is an iterable of strings, as an enormous one must not be in memory at once.
+# Documents of a source: STDLIB, the path of a file, or a Remote
+
+# Parts of the library that are left out: tests; what is not its own; and `encodings`, character maps that
+# are nearly the same in many files, so that validation would find its text in training.
+NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
 
 def stdlib_files():
-    """The running Python's own library without its tests: a sorted list of (path in the library, text)."""
+    """The running Python's own library: a sorted list of (path in the library, text)."""
     root = Path(sysconfig.get_path("stdlib"))
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    paths = [path for path in root.rglob("*.py") if skip.isdisjoint(path.relative_to(root).parts)]
-    if not paths:
+    files = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if NOT_STDLIB.isdisjoint(relative.parts):
+            files.append((relative.as_posix(), path.read_text("utf-8", "replace")))
+    if not files:
         raise DataError(f"there are no Python sources in {root}: bring your own text with --files")
-    return sorted((path.relative_to(root).as_posix(), path.read_text("utf-8", "replace")) for path in paths)
+    return sorted(files)
 
 
 def documents(source):
-    """Yield the documents of STDLIB or of a .jsonl or .txt file (also with .gz or .zst after it).
+    """Yield the documents of a source: each an iterable of strings.
 
     What cannot be used, a line or a whole .txt file, is yielded as a DataError that names file and line.
     Raises DataError for an archive that is damaged or ends early, and for a file that holds no document.
     """
     if source == STDLIB:
-        yield from ([text] for _, text in stdlib_files())
+        for _, text in stdlib_files():
+            yield [text]
         return
+    is_text = re.search(r"\.txt(\.\w+)?$", str(source))
     try:
-        yield from text_document(source) if re.search(r"\.txt(\.\w+)?$", source) else json_documents(source)
+        yield from text_document(source) if is_text else json_documents(source)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
         raise DataError(f"{source}: the archive is damaged or ends early: {error}") from None
 
 
-def open_binary(path):
+@contextlib.contextmanager
+def open_binary(source):
     """A file object that reads the decompressed bytes."""
-    if path.endswith(".zst"):
-        return zstd.open(path, options={zstd.DecompressionParameter.window_log_max: 27})  # 128 MiB
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+    name = str(source)
+    with WebFile(*source) if isinstance(source, Remote) else open(source, "rb") as raw:
+        if name.endswith(".zst"):
+            options = {zstd.DecompressionParameter.window_log_max: 27}          # 128 MiB
+            with zstd.open(raw, options=options) as file:
+                yield file
+        elif name.endswith(".gz"):
+            with gzip.open(raw) as file:
+                yield file
+        else:
+            yield raw
 
 
-def json_documents(path):
-    """One document a line, in the field "text"."""
+def json_documents(source):
+    """One document per line, in the field "text"."""
     good, problem = 0, "no lines"
-    with open_binary(path) as file:
+    with open_binary(source) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+            if number == 1 and text_encoding(line) not in ("utf-8", "utf-8-sig"):
+                raise DataError(f"{source} is {text_encoding(line).upper()}, and .jsonl must be UTF-8: "
+                                f"{conversion(text_encoding(line), source)}")
             if line.isspace():
                 continue
             try:
@@ -77,12 +112,14 @@ def json_documents(path):
                 good += 1
                 yield [text]
             except DataError as error:
-                problem = f"{path}:{number}: {error}"
+                problem = f"{source}:{number}: {error}"
                 yield DataError(problem)
-            while len(line) == MAX_LINE and not line.endswith(b"\n"):   # the rest of a line that is too long
+
+            # Skip the rest of a line that is too long
+            while len(line) == MAX_LINE and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE)
     if not good:
-        raise DataError(f"{path} holds no documents ({problem})")
+        raise DataError(f"{source} holds no documents ({problem})")
 
 
 def json_text(line):
@@ -93,6 +130,8 @@ def json_text(line):
         text = json.loads(line.decode("utf-8-sig"))["text"]
         text.encode()                                       # fails if it holds half of a surrogate pair
         return text
+    except UnicodeDecodeError as error:
+        raise DataError(wrong_byte(error, error.object[:error.start].isascii())) from None
     except UnicodeError as error:
         raise DataError(f"invalid UTF-8: {error.reason}") from None
     except (KeyError, TypeError, AttributeError):
@@ -101,75 +140,211 @@ def json_text(line):
         raise DataError(f"broken JSON: {getattr(error, 'msg', error)}") from None
 
 
-def text_document(path):
-    """The file is one document. It is read twice, so that one with a bad byte at its end is not begun."""
-    line, size = 1, 0
+def text_document(source):
+    """The file is one document. It is read twice: a file with a bad byte anywhere is not used at all."""
+    size = 0
     try:
-        for text in decoded(path):
-            line, size = line + text.count("\n"), size + len(text)
-    except UnicodeDecodeError as error:
-        line += error.object[:error.start].count(b"\n")
-        yield DataError(f"{path}:{line}: invalid UTF-8: {error.reason}")
+        for text in decoded(source):
+            size += len(text)
+    except DataError as error:
+        yield error
         return
     if not size:
-        raise DataError(f"{path} holds no text")
-    yield decoded(path)
+        raise DataError(f"{source} holds no text")
+    yield decoded(source)
+
+# -----------------------------------------------------------------------------
+# Bytes -> text
+
+def read_text(path):
+    """The text of a file (also .gz, .zst) as one string. Raises DataError, one line, if it is not UTF-8 nor
+    has the byte order mark of another Unicode encoding. Line ends stay as they are."""
+    try:
+        return "".join(decoded(path))
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+        raise DataError(f"{path}: the archive is damaged or ends early: {error}") from None
 
 
-def decoded(path):
-    """The text of a file in strings of about PIECE characters. Raises UnicodeDecodeError."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with open_binary(path) as file:
-        while chunk := file.read(PIECE):
-            yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
+def decoded(source):
+    """Yield the text of a file in strings of about PIECE characters. Raises DataError."""
+    with open_binary(source) as file:
+        chunk = file.read(PIECE)
+        encoding = text_encoding(chunk)
+        if encoding in ("utf-16-le", "utf-16-be"):
+            raise DataError(f"{source} looks like {encoding.upper()} without a byte order mark: "
+                            f"{conversion(encoding, source)}")
+
+        # Decode chunk by chunk. At the end an empty one, to see that no character is incomplete
+        decoder = codecs.getincrementaldecoder(encoding)()
+        line, ascii_only, final = 1, True, False
+        while not final:
+            final = not chunk
+            try:
+                text = decoder.decode(chunk, final)
+            except UnicodeDecodeError as error:
+                before = error.object[:error.start]
+                line += before.count(b"\n")
+                reason = wrong_byte(error, ascii_only and before.isascii())
+                if "Latin-1" in reason:
+                    reason += f": {conversion('latin1', source)}"
+                raise DataError(f"{source}:{line}: {reason}") from None
+            line += text.count("\n")
+            ascii_only = ascii_only and text.isascii()
+            yield text
+            chunk = file.read(PIECE)
 
 
-CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+def text_encoding(beginning):
+    """The encoding of a text by its first bytes: by its byte order mark, else by its zero bytes
+    (half of UTF-16 where it is English), else UTF-8."""
+    marks = [(codecs.BOM_UTF8, "utf-8-sig"),
+             (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),      # before those of UTF-16
+             (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
+    for mark, encoding in marks:
+        if beginning.startswith(mark):
+            return encoding
+    zeros = beginning[:4096].count(0)
+    if zeros > len(beginning[:4096]) / 3:
+        return "utf-16-le" if beginning[1:4096:2].count(0) > zeros / 2 else "utf-16-be"
+    return "utf-8"
 
-def cut(document):
-    """Yield (text, whether it is the last) for the pieces of a document, at most PIECE characters each.
 
-    A piece ends before a space or newline that follows another character: no word of PATTERN crosses such a
-    place, so the tokens are those of the whole document. (Without one in its second half it ends anywhere.)
-    """
-    rest, start = "", 0
-    for text in document:
-        rest, start = rest[start:] + text, 0
-        while len(rest) - start > PIECE:
-            match = CUT.match(rest, start + PIECE // 2, start + PIECE)
-            end = match.end() if match else start + PIECE
-            yield rest[start:end], False
-            start = end
-    if rest:
-        yield rest[start:], True
+def wrong_byte(error, ascii_before):
+    """What is wrong at the UnicodeDecodeError. Where all before it is ASCII, the text is not a damaged UTF-8
+    but probably another encoding."""
+    name = error.encoding.upper()
+    if name.startswith("UTF-8") and ascii_before and error.reason != "unexpected end of data":
+        byte = error.object[error.start]
+        return f"invalid UTF-8: byte {byte:#04x} ({chr(byte)!r} in Latin-1, which this probably is)"
+    return f"invalid {name}: {error.reason}"
+
+
+def conversion(encoding, source):
+    """The command that makes UTF-8 of a file."""
+    unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(Path(str(source)).suffix, "cat")
+    name = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding.upper())
+    return f"{unpack} {shlex.quote(str(source))} | iconv -f {name} -t UTF-8 > utf8.txt"
+
+# -----------------------------------------------------------------------------
+# Train or val
+
+def document_hash(text):
+    """A number from 0 to 2**64 - 1 from the beginning of a document."""
+    digest = hashlib.blake2b(text[:PIECE // 2].encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def document_is_val(text, val_fraction):
     """Whether a document is for validation: by a hash of its beginning, so its order does not matter."""
-    digest = hashlib.blake2b(text[:PIECE // 2].encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < val_fraction * 2**64
+    return document_hash(text) < val_fraction * 2**64
 
 
-def pieces(sources, val_fraction, report):
-    """Yield (split, text, whether it is the document's last piece); report(DataError) what cannot be used."""
+class Split(NamedTuple):
+    """How documents are split, see `choose_split`."""
+    val_fraction: float
+    train_characters: int = None        # of a single document: so many are train, the rest is val
+
+
+def choose_split(sources, val_fraction):
+    """The Split in which both splits get text. It depends on the documents, not on their order.
+
+    Usually a document is val if its hash is below val_fraction (of the hashes there are). If all documents
+    fall on one side, the fraction is moved just so far that one of them changes sides. A single document is
+    cut: its last val_fraction is val.
+
+    Only reads until it has seen a document on each side.
+    """
+    hashes = set()
+    problem = None
+    for source in sources:
+        for document in documents(source):
+            if isinstance(document, DataError):
+                problem = problem or document
+                continue
+            text = next((text for text, _ in cut(document)), "")
+            if text:
+                hashes.add(document_hash(text))
+                if min(hashes) < val_fraction * 2**64 <= max(hashes):
+                    return Split(val_fraction)
+
+    if not hashes:
+        raise problem or DataError("there is no text in the files")
+    if len(hashes) == 1:
+        return cut_in_two(sources, val_fraction)
+    lowest, *_, highest = sorted(hashes)
+    if lowest >= val_fraction * 2**64:
+        return Split(math.nextafter(lowest / 2**64, 1))     # just above the lowest: it alone is val
+    return Split(math.nextafter(highest / 2**64, 0))        # just below the highest: it alone is train
+
+
+def cut_in_two(sources, val_fraction):
+    """The Split of a single document."""
+    sizes = []
+    for source in sources:
+        for document in documents(source):
+            if not isinstance(document, DataError):
+                sizes.append(sum(map(len, document)))
+    sizes = [size for size in sizes if size > 0]
+    if len(sizes) > 1:
+        raise DataError(f"all {len(sizes)} documents begin alike: they cannot be told apart for the split "
+                        "into train and val")
+
+    # At least one character for each split
+    size = sizes[0]
+    if size < 2:
+        raise DataError("the only document has one character: too short for a split into train and val")
+    val_characters = min(max(1, round(size * val_fraction)), size - 1)
+    return Split(val_fraction, size - val_characters)
+
+
+def pieces(sources, split, report):
+    """Yield (train or val, text, whether it is the document's last piece).
+
+    split: a Split or a val_fraction. report(DataError) is called for what cannot be used.
+    """
+    if not isinstance(split, Split):
+        split = Split(split)
     for source in sources:
         for document in documents(source):
             if isinstance(document, DataError):
                 report(document)
-                continue
-            split = None
-            for text, last in cut(document):
-                split = split or ("val" if document_is_val(text, val_fraction) else "train")
-                yield split, text, last
+            elif split.train_characters is not None:
+                yield from two_parts(document, split.train_characters)
+            else:
+                side = None
+                for text, last in cut(document):
+                    if side is None:
+                        side = "val" if document_is_val(text, split.val_fraction) else "train"
+                    yield side, text, last
 
 
-def sample(sources, val_fraction):
-    """Yield text of the training split: BPE_SAMPLE characters, equal shares from the start of each source."""
+def two_parts(document, train_characters):
+    """The pieces of a document of which the first train_characters are train and the rest is val.
+
+    If a line ends shortly before that place, the cut is there.
+    """
+    left = train_characters
+    for text, last in cut(document):
+        if left > len(text):
+            yield "train", text, False
+            left -= len(text)
+        elif left > 0:
+            end = text.rfind("\n", left * 9 // 10, left) + 1 or left
+            yield "train", text[:end], True
+            if end < len(text):
+                yield "val", text[end:], last
+            left = 0
+        else:
+            yield "val", text, last
+
+
+def vocabulary_text(sources, split):
+    """Yield text of the training split to train a tokenizer on: BPE_SAMPLE characters, equal shares from the
+    start of each source."""
     for source in sources:
         left = max(1, BPE_SAMPLE // len(sources))
-        for split, text, _ in pieces([source], val_fraction, report=lambda error: None):
-            if split == "train":
+        for side, text, _ in pieces([source], split, report=lambda error: None):
+            if side == "train":
                 yield text[:left]
                 left -= len(text)
             if left <= 0:

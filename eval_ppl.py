@@ -45,11 +45,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import documents
 import tokenizer
 from common import (DataError, Help, add_device_flags, align, fetch, file_sha256, has_matplotlib,
                     load_checkpoint, locked, one_line_errors, pick_device, pick_dtype, result_path,
                     show_any_character, unzip, write_result)
+from documents import read_text
 from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -520,20 +520,6 @@ def wikitext(folder):
     return path
 
 
-def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark. Raises ValueError for other encodings."""
-    raw = Path(path).read_bytes()
-    quoted = shlex.quote(str(path))
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:1000]:
-        raise ValueError(f"{path} is UTF-16 or no text; if it is, convert it: "
-                         f"iconv -f UTF-16 -t UTF-8 {quoted} > new.txt")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}; if it is Latin-1, convert it: "
-                         f"iconv -f LATIN1 -t UTF-8 {quoted} > new.txt") from None
-
-
 def read_tokens(args, checkpoint):
     """The Text that is asked for, in the vocabulary of a LoadedCheckpoint.
 
@@ -545,7 +531,7 @@ def read_tokens(args, checkpoint):
     text = read_text(path)
     sha256 = file_sha256(path)
     name = f"{path.stem}-{sha256[:8]}" if args.text else "wikitext-2"
-    ids = encode(text, checkpoint.encoding)
+    ids = tokenizer.encode_text(checkpoint.encoding, text).astype(np.int64)
     return Text(name, sha256, [ids], [article_starts(text, ids, checkpoint.encoding)])
 
 
@@ -561,15 +547,6 @@ def validation_split(args, checkpoint):
     eot = checkpoint.encoding.eot_token
     starts = [np.flatnonzero(ids == eot) + 1 for ids in splits["val"]]
     return Text("val", file_sha256(folder / "meta.json"), splits["val"], starts)
-
-
-def encode(text, encoding):
-    """Token ids of a text, (n,) int64. It is encoded in pieces that no token crosses, since the tokenizer
-    fails on very long strings."""
-    ids = []
-    for piece, _ in documents.cut([text]):
-        ids += encoding.encode_ordinary(piece)
-    return np.array(ids, dtype=np.int64)
 
 
 def article_starts(text, ids, encoding):

@@ -19,7 +19,7 @@ import numpy as np
 
 from common import DataError, fetch, locked, unzip
 from data import VAL_FRACTION
-from documents import decoded, document_is_val, stdlib_files
+from documents import document_is_val, read_text, stdlib_files
 
 
 class Split(NamedTuple):
@@ -238,15 +238,7 @@ def read_lines(path):
 
     Lines end at a newline only: the text holds other characters at which str.splitlines would cut.
     """
-    with open(path, "rb") as file:
-        start = file.read(1000)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
-        raise DataError(f"{path} is UTF-16: convert it to UTF-8")
-    try:
-        text = "".join(decoded(path))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason}), perhaps Latin-1: "
-                        "convert it to UTF-8") from None
+    text = read_text(path)
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()

@@ -174,8 +174,7 @@ def test_ready_files_of_mrpc_are_read_and_never_written(tmp_path, ids):
     assert unchanged(before)
 
 
-@pytest.mark.parametrize("encoding, named", [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"),
-                                             ("latin-1", "Latin-1")])
+@pytest.mark.parametrize("encoding, named", [("utf-16-le", "UTF-16"), ("latin-1", "Latin-1")])
 def test_other_encodings_are_named_in_one_line(tmp_path, encoding, named):
     path = tmp_path / "RTE/train.tsv"
     path.parent.mkdir()
@@ -259,19 +258,24 @@ def test_download_of_mrpc_leaves_the_two_files_as_they_came(tmp_path, server):
     assert len(glue_data.load_task("MRPC", tmp_path / "glue", download=False).train.y) == 2
 
 
-@pytest.mark.parametrize("bad", ["../evil.tsv", "/evil.tsv", "RTE/../../evil.tsv", "..\\evil.tsv", None])
-def test_bad_archives_are_refused(tmp_path, bad):
+@pytest.mark.parametrize("bad", ["../evil.tsv", "/evil.tsv", "RTE/../../evil.tsv", "..\\evil.tsv"])
+def test_only_the_named_members_of_an_archive_are_written(tmp_path, bad):
     archive = tmp_path / "in" / "RTE.zip"
     archive.parent.mkdir()
-    if bad:
-        with zipfile.ZipFile(archive, "w") as z:
-            z.writestr("RTE/train.tsv", "x")
-            z.writestr(bad, "x")
-    else:
-        archive.write_bytes(b"<html>not a zip</html>")
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("RTE/train.tsv", "x")
+        z.writestr(bad, "x")
+    unzip(archive, {"RTE/train.tsv": archive.parent / "train.tsv"})
+    assert [p.name for p in tmp_path.rglob("*.tsv")] == ["train.tsv"]
+    assert not Path("/evil.tsv").exists()
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    archive = tmp_path / "RTE.zip"
+    archive.write_bytes(b"<html>not a zip</html>")
     with pytest.raises(DataError):
-        unzip(archive, {"RTE/train.tsv": archive.parent / "train.tsv"})
-    assert [p.name for p in tmp_path.rglob("*.tsv")] == []
+        unzip(archive, {"RTE/train.tsv": tmp_path / "train.tsv"})
+    assert not (tmp_path / "train.tsv").exists()
 
 # -----------------------------------------------------------------------------
 # Built-in tasks, on an invented library
