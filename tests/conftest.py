@@ -10,6 +10,8 @@ A body that is still `raise NotImplementedError("exercise 2: dar, ...")` fails t
 """
 import re
 from collections import Counter
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +52,19 @@ def unwritten(report, call):
         return str(call.excinfo.value) or "NotImplementedError"
     # A script that ran in a process of its own
     match = re.search(r"NotImplementedError: (exercise \d.*)", report.longreprtext)
-    return match and match[1]
+    if match:
+        return match[1]
+    # The same, where the test did not keep what the script said
+    blank = blank_bodies()
+    return blank[0] if blank and "subprocess" in report.longreprtext + Path(report.fspath).read_text() else None
+
+
+@lru_cache
+def blank_bodies():
+    """What the bodies that are not yet written say, from the source: ["exercise 2: dar, ...", ...]."""
+    root = Path(__file__).resolve().parents[1]
+    sources = [path.read_text() for path in sorted(root.glob("*.py"))]
+    return re.findall(r'raise NotImplementedError\("(exercise \d[^"]*)"\)', "\n".join(sources))
 
 
 @pytest.hookimpl(hookwrapper=True)
