@@ -112,6 +112,14 @@ def has_matplotlib():
         return False
     return True
 
+
+def check_plot(path):
+    """Raises ValueError or OSError if there is no matplotlib or `path`, unless None, cannot be written."""
+    if path and not has_matplotlib():
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if path:
+        open(path, "ab").close()
+
 # -----------------------------------------------------------------------------
 # Writing: a file gets its final name when it is complete and on the disk
 

@@ -639,22 +639,43 @@ def plot(runs, tests, path):
     figure.savefig(path, dpi=150)
 
 
-def plot_perplexity(runs, axes):
-    ends = []                                               # (last x, last y, setting, colour)
+def draw_curves(runs, axes, points):
+    """One curve per setting, with a band over its seeds. points(run): the (x, y) of one run.
+
+    Returns [(last x, last y, setting, colour), ...] for `label_ends`.
+    """
+    ends = []
     for i, (setting, by_seed) in enumerate(runs.items()):
-        # {prompt length: perplexities of the seeds}
+        # {x: values of the seeds}
         curve = {}
         for run in by_seed.values():
-            for name, measured in run["measurements"].items():
-                found = re.fullmatch(r"perplexity after (\d+)", name)
-                if found:
-                    curve.setdefault(int(found[1]), []).append(measured["value"])
+            for x, y in points(run):
+                curve.setdefault(x, []).append(y)
         if curve:
-            lengths = sorted(curve)
-            band(axes, lengths, [curve[k] for k in lengths], i)
-            last = lengths[-1]
+            xs = sorted(curve)
+            band(axes, xs, [curve[x] for x in xs], i)
+            last = xs[-1]
             ends.append((last, np.mean(curve[last]), setting, style(i)["color"]))
+    return ends
 
+
+def perplexity_points(run):
+    """Yield (prompt length, perplexity) of a run."""
+    for name, measured in run["measurements"].items():
+        found = re.fullmatch(r"perplexity after (\d+)", name)
+        if found:
+            yield int(found[1]), measured["value"]
+
+
+def loss_points(run):
+    """Yield (million tokens, validation loss) of a run."""
+    for line in read_log(Path(run["folder"], "log.jsonl")):
+        if "val_loss" in line:
+            yield line["tokens"] / 1e6, line["val_loss"]
+
+
+def plot_perplexity(runs, axes):
+    ends = draw_curves(runs, axes, perplexity_points)
     level = without_context(runs)
     if level:
         dotted(axes, level)
@@ -663,7 +684,11 @@ def plot_perplexity(runs, axes):
     plain_numbers(axes.yaxis)
     label_ends(axes, ends)
     if ends:
-        ticks = [k for k in sorted(set(curve)) if math.log2(k) % 2 == 0]
+        lengths = set()
+        for by_seed in runs.values():
+            for run in by_seed.values():
+                lengths |= {k for k, _ in perplexity_points(run)}
+        ticks = [k for k in sorted(lengths) if math.log2(k) % 2 == 0]
         axes.set_xticks(ticks, ticks, minor=False)
         axes.set_xticks([], minor=True)
 
@@ -753,19 +778,7 @@ def plot_curves(runs, path):
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
-    ends = []
-    for i, (setting, by_seed) in enumerate(runs.items()):
-        curve = {}                                                  # {million tokens: losses of the seeds}
-        for run in by_seed.values():
-            for line in read_log(Path(run["folder"], "log.jsonl")):
-                if "val_loss" in line:
-                    curve.setdefault(line["tokens"] / 1e6, []).append(line["val_loss"])
-        if curve:
-            tokens = sorted(curve)
-            band(axes, tokens, [curve[t] for t in tokens], i)
-            last = tokens[-1]
-            ends.append((last, np.mean(curve[last]), setting, style(i)["color"]))
-
+    ends = draw_curves(runs, axes, loss_points)
     level = without_context(runs)
     if level:
         dotted(axes, math.log(level))

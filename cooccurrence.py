@@ -26,7 +26,7 @@ if __name__ == "__main__":              # small matrices: threads would only wai
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
 
-from common import Help, has_matplotlib, one_line_errors
+from common import Help, check_plot, one_line_errors
 
 # -----------------------------------------------------------------------------
 # The language, and the objectives as lists of (visible positions S, target position j, probability)
@@ -595,14 +595,6 @@ def build_parser():
                         help="also draw a figure of three panels (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is sampled")
     return parser
-
-
-def check_plot(path):
-    """Raises ValueError or OSError if there is no matplotlib or `path` cannot be written."""
-    if path and not has_matplotlib():
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    if path:
-        open(path, "ab").close()
 
 
 def check(args):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import cooccurrence
 import data
-from common import (DataError, Help, add_device_flags, align, file_sha256, load_checkpoint,
+from common import (DataError, Help, add_device_flags, align, check_plot, file_sha256, load_checkpoint,
                     one_line_errors, pick_device, pick_dtype, result_path, write_result)
 from objectives import OBJECTIVES, Draw, Options, window_size
 
@@ -253,7 +253,7 @@ def main(argv=None):
             raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
         if args.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {args.seed}")
-        cooccurrence.check_plot(args.plot)
+        check_plot(args.plot)
         device = pick_device(args.device)
 
         results = {}

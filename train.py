@@ -88,15 +88,18 @@ def check_first_batch(shards, options, args):
         raise DataError(f"objectives.py, {options.objective}: {error}") from None
 
 
-def prefetch(make, first, last):
-    """Yields (step, make(step)) for first <= step < last. The next one is made while this one is used."""
+def prefetch(make, batches, first, last):
+    """Yields (step, make(step)) for first <= step < last. The next one is made while this one is used.
+
+    batches: make(first), the batches of the first step, already made.
+    """
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(make, first)
         for step in range(first, last):
-            batches = future.result()
             if step + 1 < last:
                 future = pool.submit(make, step + 1)
             yield step, batches
+            if step + 1 < last:
+                batches = future.result()
 
 
 def validation_batches(shards, options, args):
@@ -269,17 +272,18 @@ def run(args, meta, shards, options):
     # Train
     fast = compiled(model, first[0]) if pick_compile(args, step_flops) else model
     validate = partial(evaluate, fast, shards["val"], options, args)
-    line, stop = loop(args, model, fast, optimizers, make, validate, baseline, done, step_flops)
+    steps = prefetch(make, first, done["step"], args.max_iters)
+    line, stop = loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops)
     if rank == 0 and line["step"] == args.max_iters:
         finish(args, model, meta["splits"]["val"], shards["val"], line["val_loss"], baseline)
         return 0
     return stop
 
 
-def loop(args, model, fast, optimizers, make, validate, baseline, done, step_flops):
+def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops):
     """Update; at their intervals log, validate and save.
 
-    fast: `model`, compiled or not. make(step): the micro-batches of a step. validate(): the validation loss.
+    fast: `model`, compiled or not. steps: see `prefetch`. validate(): the validation loss.
     baseline: that of word frequencies. done: {"step", "tokens"} of the run so far.
     Returns the last line of the log, a dict, and the signal that stopped the run, or 0.
     """
@@ -294,7 +298,7 @@ def loop(args, model, fast, optimizers, make, validate, baseline, done, step_flo
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(stop_signals())
         vote = stack.enter_context(stop_vote(signals))
-        steps = stack.enter_context(contextlib.closing(prefetch(make, done["step"], args.max_iters)))
+        stack.enter_context(contextlib.closing(steps))
         bar = stack.enter_context(progress_bar(args.max_iters, done["step"]))
         for step, batches in steps:
             # Update

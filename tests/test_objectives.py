@@ -241,7 +241,8 @@ def scored_positions(batch, x, options, masked=None):
     scored = np.zeros(x.size, dtype=bool)
     scored[positions] = True
     scored = scored.reshape(x.shape)
-    if "bert" in (options.corruption,):
+    corrupts_as_bert = options.corruption == "bert"
+    if corrupts_as_bert:
         explain_bert_inputs(name, batch, x, scored, masked)
     else:
         explain_masked_inputs(name, batch, x, options.mask_token, scored, masked)
