@@ -104,21 +104,25 @@ def align(rows):
     return "\n".join(lines)
 
 
-def has_matplotlib():
-    """Whether matplotlib, which only --plot needs, can be imported."""
-    try:
-        import matplotlib                                                   # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def check_plot(path):
-    """Raises ValueError or OSError if there is no matplotlib or `path`, unless None, cannot be written."""
-    if path and not has_matplotlib():
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    if path:
-        open(path, "ab").close()
+    """Raises ValueError, before any work, if a figure cannot be drawn to `path` (None: no figure is asked for)."""
+    if path is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+
+    path = Path(path)
+    if path.suffix[1:] not in FigureCanvasBase.filetypes:
+        raise ValueError(f"{path}: a figure's name ends in .png, .svg or .pdf")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: cannot write to the folder {path.parent}")
+
+
+def save_figure(figure, path):
+    """A matplotlib figure as a .png, .svg or .pdf file."""
+    write_atomically(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:], dpi=150))
 
 # -----------------------------------------------------------------------------
 # Writing: a file gets its final name when it is complete and on the disk

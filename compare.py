@@ -48,8 +48,8 @@ import numpy as np
 
 import flags
 import objectives
-from common import (Help, as_json, file_sha256, has_matplotlib, one_line_errors, read_checkpoint, read_result,
-                    source_digests, weights_digest, write_atomically, write_json)
+from common import (Help, as_json, check_plot, file_sha256, one_line_errors, read_checkpoint, read_result,
+                    save_figure, source_digests, weights_digest, write_atomically, write_json)
 from glue_data import METRICS
 from objectives import OBJECTIVES
 
@@ -636,7 +636,7 @@ def plot(runs, tests, path):
     left, right = figure.subplots(1, 2)
     plot_perplexity(runs, left)
     plot_gains(runs, tests, right)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def draw_curves(runs, axes, points):
@@ -785,7 +785,7 @@ def plot_curves(runs, path):
     axes.set(xlabel="tokens seen (millions)", ylabel="validation loss (nats per scored token)",
              title="Each objective's own loss")
     label_ends(axes, ends)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def read_log(path):
@@ -835,8 +835,8 @@ def check(args):
         raise ValueError(f"jobs must be at least 1, not {args.jobs}")
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError("seeds must differ")
-    if (args.plot or args.curves) and not has_matplotlib():
-        raise ValueError("--plot and --curves need matplotlib: pip install matplotlib")
+    check_plot(args.plot)
+    check_plot(args.curves)
     settings = [parse_setting(text, args) for text in args.runs]
     names = [setting.name for setting in settings]
     args.against = [shlex.join(shlex.split(text)) for text in args.against or args.runs[:1]]

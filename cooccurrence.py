@@ -26,7 +26,7 @@ if __name__ == "__main__":              # small matrices: threads would only wai
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
 
-from common import Help, check_plot, one_line_errors
+from common import Help, check_plot, one_line_errors, save_figure
 
 # -----------------------------------------------------------------------------
 # The language, and the objectives as lists of (visible positions S, target position j, probability)
@@ -577,7 +577,7 @@ def figure(path, spectra, masking, errors, sizes):
 
     draw(right, "3. Probe of three features", "training texts", "error", errors, sizes,
          xscale="log", ylim=0)
-    fig.savefig(path, dpi=100)
+    save_figure(fig, path)
 
 
 PARTS = {"Objectives as matrices": part1,

@@ -46,9 +46,9 @@ from tqdm import tqdm
 
 import data
 import tokenizer
-from common import (DataError, Help, add_device_flags, align, fetch, file_sha256, has_matplotlib,
+from common import (DataError, Help, add_device_flags, align, check_plot, fetch, file_sha256,
                     load_checkpoint, locked, one_line_errors, pick_device, pick_dtype, result_path,
-                    show_any_character, unzip, write_result)
+                    save_figure, show_any_character, unzip, write_result)
 from documents import read_text
 from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
@@ -707,7 +707,7 @@ def plot(reports, path):
     axes.set(xscale="log", yscale="log", xlabel="prompt length (tokens)",
              ylabel=f"perplexity on {reports[0]['text']}")
     axes.legend()
-    axes.figure.savefig(path, dpi=150)
+    save_figure(axes.figure, path)
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -806,8 +806,9 @@ def check_flags(args):
         raise ValueError("max_windows must be at least 0")
     if args.context and not METHODS[args.method].by_prompt:
         raise ValueError(f"--context does not apply to --method {args.method}")
-    if args.plot and not (METHODS[args.method].by_prompt and has_matplotlib()):
-        raise ValueError("--plot needs --method left-to-right and matplotlib (pip install matplotlib)")
+    if args.plot and not METHODS[args.method].by_prompt:
+        raise ValueError("--plot needs --method left-to-right")
+    check_plot(args.plot)
 
 
 def check(args, loaded):

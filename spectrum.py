@@ -38,7 +38,8 @@ from tqdm import tqdm
 import cooccurrence
 import data
 from common import (DataError, Help, add_device_flags, align, check_plot, file_sha256, load_checkpoint,
-                    one_line_errors, pick_device, pick_dtype, result_path, write_result)
+                    one_line_errors, pick_device, pick_dtype, result_path, save_figure,
+                    write_result)
 from objectives import OBJECTIVES, Draw, Options, window_size
 
 # -----------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def figure(path, results):
     cooccurrence.draw(left, "Toy language, exact", "i", "singular value $s_i$", theory)
     models = {name: result["singular_values"] for name, result in results.items()}
     cooccurrence.draw(right, "Trained models", "i", "singular value $s_i$", models, xscale="log")
-    fig.savefig(path, dpi=100)
+    save_figure(fig, path)
 
 
 def build_parser():

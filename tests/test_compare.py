@@ -525,7 +525,7 @@ def test_figures_need_no_training(scripts, capsys):
 
 
 def test_no_matplotlib_is_said_before_any_run(scripts, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "has_matplotlib", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)      # importing it raises ImportError
     for flag in ("--plot", "--curves"):
         assert "pip install matplotlib" in refused(capsys, flag, "a.png")
     assert not scripts.commands

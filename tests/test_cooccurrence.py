@@ -596,12 +596,21 @@ def test_one_part():
 
 @pytest.mark.parametrize("arguments, reason", [
     (["--seed", "-1"], "--seed must be at least 0"),
-    (["--plot", "a.png", "--part", "2"], "--plot needs all parts"),
-    (["--plot", "missing/a.png"], "No such file")])
+    (["--plot", "a.png", "--part", "2"], "--plot needs all parts")])
 def test_bad_input_is_one_line_and_exit_2(arguments, reason, tmp_path):
     out = run(*arguments, cwd=tmp_path)
     assert out.returncode == 2 and out.stderr.count("\n") == 1
     assert out.stderr.startswith("error: ") and reason in out.stderr
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("missing/a.png", "cannot write to the folder missing"), ("a.docx", "ends in .png"), ("a", "ends in .png")])
+def test_a_figure_that_cannot_be_written_is_said_before_any_work(name, reason, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = run("--plot", name, cwd=tmp_path)
+    assert out.returncode == 2 and out.stderr.count("\n") == 1
+    assert out.stderr.startswith("error: ") and reason in out.stderr
+    assert not list(tmp_path.iterdir()) and not out.stdout
 
 
 def test_plot_without_matplotlib(tmp_path):

@@ -743,7 +743,7 @@ def test_plot(work, capsys):
 
 
 def test_plot_without_matplotlib_is_refused_before_the_work(work, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)                    # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)      # importing it raises ImportError
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--plot", "p.png"])
     assert "pip install matplotlib" in capsys.readouterr().err
