@@ -288,7 +288,7 @@ def finished(words, run, weights):
 def read_finished(run):
     """{command: [digest of the weights, digests of the code]}; {} if nothing is finished."""
     try:
-        return json.loads(Path(run.folder, "finished.json").read_text())
+        return json.loads(Path(run.folder, "finished.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -433,7 +433,8 @@ def perplexity_points(run):
 
 def loss_points(run):
     """Yield (million tokens, validation loss) of a run, from its log.jsonl. Damaged lines are left out."""
-    for text in Path(run["folder"], "log.jsonl").read_text().splitlines():
+    log = Path(run["folder"], "log.jsonl").read_text(encoding="utf-8")
+    for text in log.splitlines():
         try:
             line = json.loads(text)
         except ValueError:
