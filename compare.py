@@ -71,7 +71,8 @@ def compare(args):
 
     # Show
     if args.eval_ppl != "none" or args.eval_glue != "none":
-        print(f"\nmean over seeds {args.seeds} [least, greatest]; probes in percent\n")
+        print(f"\nmean over seeds {args.seeds} [least, greatest]; probes in percent; word frequencies alone "
+              "on the tokens that a setting is scored on (of masked models a sample)\n")
         print(report.table(results))
     if differences:
         print(f"\n{report.RULE}\n\n{report.difference_table(differences)}")
