@@ -658,7 +658,7 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
     assert report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["unigram"] is None
 
     # On the same text the two kinds of models are scored on other tokens, and a sentence says so
-    assert "scored on the same tokens as the model above them" in out
+    assert "scored on the same tokens as the model: of masked models" in out
     np.save("out/dar/unigram.npy", counts)
     command = ["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "0", "--samples"]
     values = {}
