@@ -105,7 +105,6 @@ def git_state():
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": None if changes is None else changes != ""}
 
-
 # -----------------------------------------------------------------------------
 # Settings and runs
 
