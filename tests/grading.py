@@ -40,9 +40,10 @@ def call(function, *arguments):
 def hint(error, arguments):
     """What an IndexError of an objective usually means."""
     options = arguments[-1]
-    if not isinstance(error, IndexError) or not OBJECTIVES[options.objective].causal:
+    objective = OBJECTIVES.get(getattr(options, "objective", None))
+    if not isinstance(error, IndexError) or objective is None or not objective.causal:
         return ""
-    ahead = OBJECTIVES[options.objective].ahead(options)
+    ahead = objective.ahead(options)
     return (f"; a window has {options.block_size} + {ahead} tokens: "
             f"no target can lie farther ahead than {ahead}")
 
