@@ -334,6 +334,346 @@ def misspelt(model, x, wanted, masks, batch_size):
     return model.feature(x)
 
 # -----------------------------------------------------------------------------
+# Exercise 8: right
+
+def outcome(predictions, strength, held_out, grid, gradient=0.0):
+    return predictions, {"strength": float(strength), "at_edge": strength in (min(grid), max(grid)),
+                         "held_out": float(held_out), "gradient": float(gradient)}
+
+
+def prepared(train, tests, directions):
+    """numpy arrays, on the leading directions if that is asked for, standardised."""
+    train, tests = train.double(), [test.double() for test in tests]
+    if directions is not None:
+        train, *tests = probe_file.leading(train, tests, directions)
+    X = train.numpy()
+    mean, std = X.mean(axis=0), X.std(axis=0)
+    std = np.where(std == 0, 1, std)
+    return [(part.numpy() - mean) / std for part in (train, *tests)]
+
+
+def with_ones(X):
+    return np.column_stack((X, np.ones(len(X))))
+
+
+def newton(X, y, K, strength):
+    """Softmax regression by Newton's method, the intercept in the last column, without penalty."""
+    A = with_ones(X)
+    n, C = A.shape
+    penalty = np.r_[np.full(C - 1, strength), 1e-9]
+    W = np.zeros((C, K))
+    one_hot = np.eye(K)[y]
+
+    def loss(W):
+        scores = A @ W
+        top = scores.max(axis=1)
+        log_total = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
+        return (log_total - scores[np.arange(n), y]).mean() + 0.5 * (penalty[:, None] * W ** 2).sum()
+
+    for _ in range(40):
+        scores = A @ W
+        P = np.exp(scores - scores.max(axis=1, keepdims=True))
+        P /= P.sum(axis=1, keepdims=True)
+        gradient = A.T @ (P - one_hot) / n + penalty[:, None] * W
+        if abs(gradient).max() < 1e-7:
+            break
+        # Blocks of the Hessian: one for each pair of classes
+        H = np.zeros((K, C, K, C))
+        for a in range(K):
+            for b in range(K):
+                curve = P[:, a] * ((a == b) - P[:, b]) / n
+                H[a, :, b, :] = (A * curve[:, None]).T @ A + (a == b) * np.diag(penalty)
+        step = np.linalg.lstsq(H.reshape(K * C, K * C), gradient.T.ravel(), rcond=None)[0].reshape(K, C).T
+        size = 1.0
+        while loss(W - size * step) > loss(W) and size > 1e-6:
+            size /= 2
+        W = W - size * step
+    return W
+
+
+def ridge(X, y, strength):
+    A = with_ones(X)
+    penalty = np.diag(np.r_[np.full(X.shape[1], strength), 0])
+    return np.linalg.lstsq(A.T @ A / len(A) + penalty, A.T @ y / len(A), rcond=None)[0][:, None]
+
+
+def classify(X, W, K):
+    scores = with_ones(X) @ W
+    return scores.argmax(axis=1) if K else scores[:, 0]
+
+
+def folds_of(groups, number, seed=0):
+    """(n,) 0 .. number-1: whole groups at random."""
+    names = np.unique(groups)
+    fold = dict(zip(names, np.random.default_rng(seed).permutation(len(names)) % number))
+    return np.array([fold[name] for name in groups])
+
+
+def by_folds(fit, grid, number, rounds=None):
+    """A probe that cuts the groups into `number` folds, of which the first `rounds` are held out in turn."""
+    def solution(train, y, groups, tests, K, metric, directions=None):
+        X, *tests = prepared(train, tests, directions)
+        fold = folds_of(groups, number)
+        values = []
+        for strength in grid:
+            each = []
+            for out in range(rounds or number):
+                held = fold == out
+                W = fit(X[~held], y[~held], K, strength) if K else ridge(X[~held], y[~held], strength)
+                each.append(metric(classify(X[held], W, K), y[held]))
+            values.append(np.mean(each))
+        best = grid[int(np.argmax(values))]
+        W = fit(X, y, K, best) if K else ridge(X, y, best)
+        return outcome([classify(test, W, K) for test in tests], best, max(values), grid)
+    return solution
+
+
+GRID = [100.0, 10.0, 1.0, 0.1, 0.01, 0.001, 1e-4]
+
+
+def gradient_descent(X, y, K, strength):
+    """Plain steps of a size that fits the largest curvature; until the gradient is small."""
+    A = with_ones(X)
+    W = np.zeros((A.shape[1], K))
+    one_hot = np.eye(K)[y]
+    rate = 1 / (0.5 * np.linalg.norm(A, 2) ** 2 / len(A) + strength)
+    mask = np.r_[np.ones(X.shape[1]), 0][:, None]
+    for _ in range(1500):
+        scores = A @ W
+        P = np.exp(scores - scores.max(axis=1, keepdims=True))
+        P /= P.sum(axis=1, keepdims=True)
+        gradient = A.T @ (P - one_hot) / len(A) + strength * mask * W
+        if abs(gradient).max() < 1e-4:
+            break
+        W -= rate * gradient
+    return W
+
+
+def lbfgs(X, y, K, strength):
+    """torch.optim.LBFGS on a linear layer, in float32; the penalty is summed, not halved."""
+    X, y = torch.tensor(X, dtype=torch.float32), torch.as_tensor(y)
+    layer = torch.nn.Linear(X.shape[1], K)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(X), y) + strength * layer.weight.pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return torch.cat((layer.weight.T, layer.bias[None])).detach().double().numpy()
+
+
+for name, solution in {
+        "newton_and_five_folds": by_folds(newton, GRID, 5),
+        "gradient_descent_and_one_tenth": by_folds(gradient_descent, GRID, 10, rounds=1),
+        "lbfgs_and_three_folds_of_another_grid": by_folds(lbfgs, [3.0 ** -k for k in range(-4, 9, 2)], 3),
+        "newton_and_one_fifth": by_folds(newton, GRID[::-1], 5, rounds=1)}.items():
+    solution.__name__ = name
+    right(8)(solution)
+
+
+@right(8)
+def with_the_given_helpers(train, y, groups, tests, K, metric, directions=None):
+    """One held-out tenth, fit_softmax and fit_ridge. The penalty is scaled instead of the features."""
+    X, tests = train.double(), [test.double() for test in tests]
+    if directions:
+        X, *tests = probe_file.leading(X, tests, directions)
+    scale = X.std(0).clamp(min=1e-12)                       # with n-1, and not centred
+    scale[X.std(0) == 0] = 1
+    X, tests = X / scale, [test / scale for test in tests]
+    out = probe_file.held_out(groups)
+    y = torch.from_numpy(y)
+
+    def fit(X, y, strength):
+        return probe_file.fit_softmax(X, y, K, strength) if K else probe_file.fit_ridge(X, y, strength)
+
+    best, best_value = None, -math.inf
+    for strength in probe_file.STRENGTHS:
+        W, b, _ = fit(X[~out], y[~out], strength)
+        value = metric(probe_file.predict(X[out], W, b, K), y[out].numpy())
+        if value > best_value:
+            best, best_value = strength, value
+    W, b, gradient = fit(X, y, best)
+    predictions = [probe_file.predict(test, W, b, K) for test in tests]
+    return outcome(predictions, best, best_value, probe_file.STRENGTHS, gradient)
+
+# -----------------------------------------------------------------------------
+# Exercise 8: wrong
+
+def spoilt(prepare=prepared, fit=newton, fit_scores=ridge, judge="held out", by_group=True, choose=np.argmax,
+           value=None, last_fit="all", finish=None, judge_on=lambda metric: metric):
+    """by_folds with parts replaced. value(metric's value, W) -> what is maximised."""
+    def solution(train, y, groups, tests, K, metric, directions=None):
+        X, *tests = prepare(train, tests, directions)
+        fold = folds_of(groups if by_group else np.arange(len(y)), 5)
+        fit_one = (lambda X, y, strength: fit(X, y, K, strength)) if K else fit_scores
+        metric = judge_on(metric)
+        values = []
+        for strength in GRID:
+            each = []
+            for out in range(5):
+                held = fold == out
+                kept = ~held if judge == "held out" else np.ones(len(y), dtype=bool)
+                W = fit_one(X[kept], y[kept], strength)
+                score = metric(classify(X[held], W, K), y[held])
+                each.append(score if value is None else value(score, strength))
+            values.append(np.mean(each))
+        best = GRID[int(choose(values))]
+        used = np.ones(len(y), dtype=bool) if last_fit == "all" else fold != 0
+        W = fit_one(X[used], y[used], best)
+        predictions = [classify(test, W, K) for test in tests]
+        if finish is not None:
+            predictions = finish(predictions, X, tests, W, K)
+        return outcome(predictions, best, max(values), GRID)
+    return solution
+
+
+def wrong_probe(words, name, **replaced):
+    solution = spoilt(**replaced)
+    solution.__name__ = name
+    wrong(8, words)(solution)
+
+
+def own_statistics(train, tests, directions):
+    return [prepared(part, [], directions)[0] for part in (train, *tests)]
+
+
+def joint_statistics(train, tests, directions):
+    together = torch.cat((train, *tests)).double().numpy()
+    std = together.std(0)
+    std = np.where(std == 0, 1, std)
+    return [(part.double().numpy() - together.mean(0)) / std for part in (train, *tests)]
+
+
+def not_standardised(train, tests, directions):
+    return [part.double().numpy() for part in (train, *tests)]
+
+
+def train_only_standardised(train, tests, directions):
+    return [prepared(train, [], directions)[0], *not_standardised(train, tests, directions)[1:]]
+
+
+def divided_by_zero(train, tests, directions):
+    X, *tests = not_standardised(train, tests, directions)
+    with np.errstate(invalid="ignore"):
+        return [(part - X.mean(0)) / X.std(0) for part in (X, *tests)]
+
+
+def no_directions(train, tests, directions):
+    return prepared(train, tests, None)
+
+
+def without_intercept(X, y, K, strength):
+    W = gradient_descent(X, y, K, strength)
+    W[-1] = 0
+    return W
+
+
+def ridge_without_intercept(X, y, strength):
+    W = np.linalg.solve(X.T @ X / len(X) + strength * np.eye(X.shape[1]), X.T @ y / len(X))
+    return np.r_[W, 0][:, None]
+
+
+def ridge_with_penalised_intercept(X, y, strength):
+    A = with_ones(X)
+    return np.linalg.solve(A.T @ A / len(A) + strength * np.eye(A.shape[1]), A.T @ y / len(A))[:, None]
+
+
+def no_penalty(X, y, K, strength):
+    return newton(X, y, K, 1e-6)
+
+
+def ridge_no_penalty(X, y, strength):
+    return ridge(X, y, 1e-9)
+
+
+def least_squares(X, y, K, strength):
+    return np.column_stack([ridge(X, np.eye(K)[y][:, k], strength) for k in range(K)])
+
+
+def three_steps(X, y, K, strength):
+    """Three steps of gradient descent from 0."""
+    A = with_ones(X)
+    W = np.zeros((A.shape[1], K))
+    for _ in range(3):
+        P = np.exp(A @ W)
+        P /= P.sum(axis=1, keepdims=True)
+        W -= A.T @ (P - np.eye(K)[y]) / len(A)
+    return W / (1 + strength)
+
+
+wrong_probe("on examples that were fitted", "chosen_on_the_fitted_examples", judge="fitted")
+wrong_probe("copies of one example, with the same number in groups, are on both sides", "groups_ignored",
+            by_group=False)
+wrong_probe("must be those of the training split, for the test sets too", "test_set_standardised_by_itself",
+            prepare=own_statistics)
+wrong_probe("must be those of the training split, for the test sets too", "statistics_of_train_and_test",
+            prepare=joint_statistics)
+wrong_probe("standardise the features", "features_not_standardised", prepare=not_standardised)
+wrong_probe("standardise the features", "only_the_training_split_standardised", prepare=train_only_standardised)
+wrong_probe("does the matrix hold nan or inf, from a division by 0?", "division_by_a_deviation_of_0",
+            prepare=divided_by_zero)
+wrong_probe("divided by a standard deviation of 0", "division_by_0_unnoticed", prepare=divided_by_zero,
+            fit=three_steps)
+wrong_probe("is there an intercept", "no_intercept", fit=without_intercept)
+wrong_probe("there is no intercept", "no_intercept_for_scores", fit_scores=ridge_without_intercept)
+wrong_probe("is the intercept penalised", "intercept_penalised", fit_scores=ridge_with_penalised_intercept)
+wrong_probe("the penalty must enter the loss", "penalty_ignored", fit=no_penalty)
+wrong_probe("the penalty is ignored", "penalty_ignored_for_scores", fit_scores=ridge_no_penalty)
+wrong_probe("larger is better", "the_worst_strength", choose=np.argmin)
+wrong_probe("metric is never called", "chosen_by_accuracy",
+            judge_on=lambda metric: lambda predicted, true: np.mean(predicted == true))
+wrong_probe("the strength must be chosen by metric(predicted, true)", "always_the_strongest",
+            value=lambda value, strength: strength)
+wrong_probe("the strength must be chosen by metric(predicted, true)", "metric_of_true_and_predicted",
+            judge_on=lambda metric: lambda predicted, true: metric(true, predicted))
+wrong_probe("minimise the cross-entropy of a softmax, not the squared error", "least_squares_classifier",
+            fit=least_squares)
+wrong_probe("the fit must run to convergence", "three_steps_only", fit=three_steps)
+wrong_probe("are held-out examples missing in the last fit?", "last_fit_without_the_held_out", last_fit="kept")
+wrong_probe("with directions=2 the third direction", "directions_ignored", prepare=no_directions)
+wrong_probe("classes are 0 .. 2", "classes_from_1",
+            finish=lambda predictions, X, tests, W, K: [p + bool(K) for p in predictions])
+wrong_probe("the predicted classes are shifted", "labels_shifted",
+            finish=lambda predictions, X, tests, W, K: [(p + 1) % K if K else p for p in predictions])
+wrong_probe("as many as training examples", "predicts_the_training_split",
+            finish=lambda predictions, X, tests, W, K: [classify(X, W, K) for p in predictions])
+wrong_probe("the class with the highest score", "scores_of_all_classes",
+            finish=lambda predictions, X, tests, W, K: [with_ones(test) @ W for test in tests])
+wrong_probe("for each of the 2 test sets", "first_test_set_only",
+            finish=lambda predictions, X, tests, W, K: predictions[:1])
+wrong_probe("an accuracy of 0.", "the_most_frequent_class",
+            finish=lambda predictions, X, tests, W, K: [0 * p for p in predictions])
+
+
+@wrong(8, "must return two things")
+def predictions_alone(train, y, groups, tests, K, metric, directions=None):
+    return REFERENCE[8](train, y, groups, tests, K, metric, directions)[0]
+
+
+@wrong(8, "the dict that probe returns lacks at_edge, held_out, gradient")
+def strength_alone(train, y, groups, tests, K, metric, directions=None):
+    predictions, how = REFERENCE[8](train, y, groups, tests, K, metric, directions)
+    return predictions, {"strength": how["strength"]}
+
+
+@wrong(8, "classes_only raises IndexError")
+def classes_only(train, y, groups, tests, K, metric, directions=None):
+    """K = 0 is forgotten."""
+    np.eye(K)[0]
+    return REFERENCE[8](train, y, groups, tests, K, metric, directions)
+
+
+@wrong(8, "changes features, y or groups")
+def standardises_in_place(train, y, groups, tests, K, metric, directions=None):
+    train -= train.mean(dim=0)
+    return REFERENCE[8](train, y, groups, tests, K, metric, directions)
+
+# -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number,solution", RIGHT)
 def test_a_right_solution_passes(monkeypatch, number, solution):
