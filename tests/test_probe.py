@@ -57,8 +57,8 @@ def planted(n, seed):
 
 
 def test_planted_signal_is_found_and_shuffled_labels_give_the_majority_rate():
-    (X, y), (test, test_y) = planted(2000, 0), planted(1000, 1)
-    groups = np.arange(2000)
+    (X, y), (test, test_y) = planted(1000, 0), planted(1000, 1)
+    groups = np.arange(1000)
     (found,), fit = probe.probe(X, y, groups, [test], 2, accuracy)
     assert np.mean(found == test_y) > 0.97 and fit["gradient"] <= probe.TOLERANCE
     shuffled = np.random.default_rng(2).permutation(y)
@@ -166,12 +166,6 @@ def test_tenths_keep_groups_together():
     assert np.bincount(tenth[:, 0]).tolist() == [10] * 10 + [5]
     out = probe.held_out(groups).reshape(105, 7)
     assert (out.all(1) == out.any(1)).all() and out[:, 0].sum() == 10
-
-
-def test_a_class_that_never_occurs_in_training_does_no_harm():
-    X, y = planted(200, 0)
-    (p,), _ = probe.probe(X, y, np.arange(200), [X], 3, accuracy)
-    assert set(p) <= {0, 1}
 
 # -----------------------------------------------------------------------------
 # Leading directions
