@@ -149,7 +149,7 @@ def mask_batch(x, masked, slots, draw, options):
     """
     T = options.block_size
     x = x[:, :T]
-    masked = np.asarray(masked)                                                 # a tensor will do
+    masked = np.asarray(masked, dtype=bool)                                     # a tensor will do
     if masked.sum() > slots:
         raise ValueError(f"{masked.sum()} masked tokens do not fit {slots} slots: "
                          "are the sequence indices consecutive?")

@@ -35,7 +35,8 @@ EXERCISES = {
 # What holds solutions or their numbers, or tests what is left out
 LEFT_OUT = [".ci", "results", "assets", "docs/ANSWERS.md", "docs/RESULTS.md", "dev/LOG.md",
             "dev/student_copy.py", "tests/test_student_copy.py", "tests/test_readme.py",
-            "tests/test_grader.py", "tests/test_grader_model.py", "tests/test_grader_evals.py"]
+            "tests/test_grader.py", "tests/test_grader_model.py", "tests/test_grader_evals.py",
+            "tests/test_answers.py"]
 
 # -----------------------------------------------------------------------------
 # Blanking a function

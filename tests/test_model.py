@@ -324,7 +324,7 @@ def test_mask_token_and_padding_have_no_probability():
             "unused")
     total = sum(math.exp(-loss) for loss in losses)
     explain(total > 1 - 1e-4,
-            f"the probabilities of the text ids sum to {total:.3f}, not to 1: the mask token "
+            f"the probabilities of the text ids sum to {total:.5f}, not to 1: the mask token "
             "or padding gets probability. Ids from vocab_size on must have the logit -inf")
     explain(total < 1 + 1e-4,
             f"the probabilities of the text ids sum to {total:.3f}, not to 1: is the softmax "
