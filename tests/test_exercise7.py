@@ -57,8 +57,9 @@ def run(model, x, wanted, masks, batch_size=64):
 
     # The kind of the result
     explain(scores is not None, f"{name} returns nothing (None): it must return Scores")
-    explain(isinstance(scores, tuple) and len(scores) == len(FIELDS),
+    explain(all(hasattr(scores, field) for field in FIELDS),
             f"{name} returns a {type(scores).__name__}: it must return Scores({', '.join(FIELDS)})")
+    scores = [getattr(scores, field) for field in FIELDS]
     shapes = [tuple(np.shape(field)) for field in scores]
     explain(set(shapes) == {tuple(x.shape)},
             f"{name}: every field of Scores must be (n, T) = {tuple(x.shape)}, not {shapes[0]}: one "
@@ -139,6 +140,8 @@ MISTAKES = [
      from_input(lambda row, k, m: (row[:k] + [V] + row[k + 1:], k, row[k]))),
     ("only the target is masked and the tokens after it are visible: the future is seen",
      from_input(lambda row, k, m: (row[:k] + [V] + row[k + 1:k + m], k, row[k]))),
+    ("the text goes on after the masks: nothing may follow them, or the future is seen",
+     from_input(lambda row, k, m: (masked_input(row, k, m) + row[k + m:], k, row[k]))),
     ("there is no mask: the prediction is read out at the prompt's last token, as of a causal model",
      from_input(lambda row, k, m: (row[:k], k - 1, row[k]))),
     ("one mask follows the prompt: after a prompt of k tokens there must be masks[k] of them",
@@ -198,6 +201,10 @@ MISTAKES = [
      from_logits(lambda z, t: -z.log_softmax(0)[t])),
     ("the mask token gets probability: it must not (model.logits excludes it)",
      from_logits(lambda z, t: -z[:V + 1].log_softmax(0)[t])),
+    ("the target is the mask token, which the input shows there: it must be the text's token x[k+1]",
+     from_logits(lambda z, t: -z.log_softmax(0)[V])),
+    ("the target is the mask token, which the input shows there: it must be the text's token x[k+1]",
+     from_logits(lambda z, t: -z[:V + 1].log_softmax(0)[V])),
     ("the score is that of the likeliest token (surest): nats is that of the text's token",
      from_logits(lambda z, t: -z[:V].log_softmax(0).max())),
 ]
@@ -232,6 +239,8 @@ def explain_nats(model, x, wanted, masks, got):
     several = per_window.max() > 1
     explain(not (several and agree(got, mean * wanted, wanted)),
             "all tokens of a window have the same score, its average: every token must have its own")
+    explain(not (several and agree(got, mean * per_window * wanted, wanted)),
+            "all tokens of a window have the same score, its sum: every token must have its own")
     explain(not (several and agree(got, expected / np.maximum(per_window, 1), wanted)),
             "the scores are divided by the number of tokens of the window: each must be that of one token")
     explain(not (several and agree(got, np.cumsum(expected, axis=1), wanted)),

@@ -208,6 +208,10 @@ wrong_loops("the prompt has k-1 tokens", "prompt_too_short",
             inputs=lambda row, k, m, mask: row[:k - 1] + [mask] * (m + 1))
 wrong_loops("the masks are the id 0, which is text", "masks_with_id_0",
             inputs=lambda row, k, m, mask: row[:k] + [0] * m)
+wrong_loops("the text goes on after the masks: nothing may follow them", "text_after_the_masks",
+            inputs=lambda row, k, m, mask: row[:k] + [mask] * m + row[k + m:])
+wrong_loops("all tokens of a window have the same score, its sum", "sum_per_window",
+            combine=lambda nats, wanted: wanted * nats.sum(1, keepdims=True))
 wrong_loops("in bits (log2)", "bits", combine=lambda nats, wanted: nats / math.log(2))
 wrong_loops("it must be minus that", "log_probabilities", combine=lambda nats, wanted: -nats)
 wrong_loops("the score is the probability", "probabilities",
@@ -256,6 +260,16 @@ def scores_the_mask_token(model, x, wanted, masks, batch_size):
         hidden = model.features(inputs[None])[0, k]
         out[:, i, k] = np.concatenate(score(model, hidden[None], inputs[k:k + 1]))
     return Scores(*out)
+
+
+@wrong(7, "the target is the mask token, which the input shows there")
+def predicts_the_mask_token(model, x, wanted, masks, batch_size):
+    scores = REFERENCE[7](model, x, wanted, masks, batch_size)
+    for i, k in each_wanted(wanted):
+        inputs = torch.cat((x[i, :k], torch.full((int(masks[k]),), model.config.mask_token)))
+        z = model.features(inputs[None])[0, k] @ model.wte.weight.T
+        scores.nats[i, k] = F.cross_entropy(z[None], inputs[k:k + 1])
+    return scores
 
 
 @wrong(7, "is not wanted, but has a score: it must be 0")
@@ -311,6 +325,11 @@ def one_number_per_window(model, x, wanted, masks, batch_size):
 @wrong(7, "returns a ndarray: it must return Scores")
 def nats_alone(model, x, wanted, masks, batch_size):
     return REFERENCE[7](model, x, wanted, masks, batch_size).nats
+
+
+@wrong(7, "returns a tuple: it must return Scores(nats, surest, right)")
+def plain_tuple(model, x, wanted, masks, batch_size):
+    return tuple(REFERENCE[7](model, x, wanted, masks, batch_size))
 
 
 @wrong(7, "returns nothing (None)")
@@ -595,6 +614,26 @@ def least_squares(X, y, K, strength):
     return np.column_stack([ridge(X, np.eye(K)[y][:, k], strength) for k in range(K)])
 
 
+def with_penalised_intercept(X, y, K, strength):
+    """The intercept as one more feature, always 1, and the one outside of the penalty undone."""
+    A = with_ones(X)
+    W = np.zeros((A.shape[1], K))
+    rate = 1 / (0.5 * np.linalg.norm(A, 2) ** 2 / len(A) + strength)
+    for _ in range(500):
+        P = np.exp(A @ W)
+        P /= P.sum(axis=1, keepdims=True)
+        W -= rate * (A.T @ (P - np.eye(K)[y]) / len(A) + strength * W)
+    return W
+
+
+def directions_after_standardising(train, tests, directions):
+    X, *tests = prepared(train, tests, None)
+    if directions is None:
+        return [X, *tests]
+    axes = np.linalg.eigh(X.T @ X)[1][:, -directions:]
+    return [part @ axes for part in (X, *tests)]
+
+
 def three_steps(X, y, K, strength):
     """Three steps of gradient descent from 0."""
     A = with_ones(X)
@@ -622,6 +661,7 @@ wrong_probe("divided by a standard deviation of 0", "division_by_0_unnoticed", p
 wrong_probe("is there an intercept", "no_intercept", fit=without_intercept)
 wrong_probe("there is no intercept", "no_intercept_for_scores", fit_scores=ridge_without_intercept)
 wrong_probe("is the intercept penalised", "intercept_penalised", fit_scores=ridge_with_penalised_intercept)
+wrong_probe("spare the intercept", "intercept_of_classes_penalised", fit=with_penalised_intercept)
 wrong_probe("the penalty must enter the loss", "penalty_ignored", fit=no_penalty)
 wrong_probe("the penalty is ignored", "penalty_ignored_for_scores", fit_scores=ridge_no_penalty)
 wrong_probe("larger is better", "the_worst_strength", choose=np.argmin)
@@ -636,12 +676,16 @@ wrong_probe("minimise the cross-entropy of a softmax, not the squared error", "l
 wrong_probe("the fit must run to convergence", "three_steps_only", fit=three_steps)
 wrong_probe("are held-out examples missing in the last fit?", "last_fit_without_the_held_out", last_fit="kept")
 wrong_probe("with directions=2 the third direction", "directions_ignored", prepare=no_directions)
+wrong_probe("before you standardise", "directions_of_standardised_features",
+            prepare=directions_after_standardising)
 wrong_probe("classes are 0 .. 2", "classes_from_1",
             finish=lambda predictions, X, tests, W, K: [p + bool(K) for p in predictions])
 wrong_probe("the predicted classes are shifted", "labels_shifted",
             finish=lambda predictions, X, tests, W, K: [(p + 1) % K if K else p for p in predictions])
 wrong_probe("as many as training examples", "predicts_the_training_split",
             finish=lambda predictions, X, tests, W, K: [classify(X, W, K) for p in predictions])
+wrong_probe("the predictions are those of the training examples", "predicts_the_first_training_examples",
+            finish=lambda predictions, X, tests, W, K: [np.resize(classify(X, W, K), len(p)) for p in predictions])
 wrong_probe("the class with the highest score", "scores_of_all_classes",
             finish=lambda predictions, X, tests, W, K: [with_ones(test) @ W for test in tests])
 wrong_probe("for each of the 2 test sets", "first_test_set_only",
