@@ -373,6 +373,21 @@ def windows(shards, span, u):
     rows = [shards[s][i:i + span] for s, i in zip(shard, first)]
     return np.stack(rows).astype(np.int64)                                          # (B, span)
 
+
+PIECE = 2048            # tokens
+
+def few(shards, tokens):
+    """At most `tokens` tokens of a split, a list of (n,) ids, as pieces of 2048 tokens evenly spread over it.
+
+    Fewer tokens are not always a part of more, but always from everywhere in the text. Raises DataError if
+    there are not as many.
+    """
+    pieces = [ids[start:start + PIECE] for ids in shards for start in range(0, len(ids) - PIECE + 1, PIECE)]
+    n = tokens // PIECE
+    if not 1 <= n <= len(pieces):
+        raise DataError(f"train_tokens must be between {PIECE} and {PIECE * len(pieces)}, not {tokens}")
+    return [pieces[i * len(pieces) // n] for i in range(n)]
+
 # -----------------------------------------------------------------------------
 # What is wanted, and what exists
 

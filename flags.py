@@ -87,6 +87,10 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
     p.add_argument("--seed", type=int, default=0, help="seeds the initial weights, the data order and the masks")
 
+    p.add_argument("--train_tokens", type=int, default=0, metavar="N",
+                   help="train on N tokens only, evenly spread over the training split: few data, many "
+                        "passes (0: on all)")
+
     p.add_argument("--out_dir", help="where checkpoint and log go; without it out/OBJECTIVE")
     p.add_argument("--data_dir", default=data.DATA_DIR, help="where the prepared datasets are")
     p.add_argument("--save_interval", type=int, default=250, help="updates between checkpoints")
@@ -104,7 +108,7 @@ SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_token
          "eval_interval", "eval_sequences", "save_interval", "log_interval"]
 
 # What cannot change when a run is resumed: it defines the model, the objective or the random numbers
-FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed",
+FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed", "train_tokens",
          *(field.name for field in fields(Options) if field.name != "vocab_size")]
 
 
@@ -175,7 +179,8 @@ def check_args(args):
             raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
     if args.block_size < 2:
         raise ValueError(f"block_size must be at least 2, not {args.block_size}")
-    for name in ["learning_rate", "muon_lr", "weight_decay", "grad_clip", "warmup_iters", "seed"]:
+    for name in ["learning_rate", "muon_lr", "weight_decay", "grad_clip", "warmup_iters", "seed",
+                 "train_tokens"]:
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{name} must not be negative, not {getattr(args, name)}")
     for name in ["decay_fraction", "min_lr_fraction"]:

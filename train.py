@@ -264,7 +264,7 @@ def run(args, meta, shards, options):
     scored = sum(len(batch.positions) for batch in first)                   # by this process, per update
     step_flops = flops(config, local, args.block_size, scored)
     baseline = unigram_loss(dataset, shards["val"], options, args)
-    say_passes(args, done, meta["splits"]["train"]["tokens"])
+    say_passes(args, done, sum(map(len, shards["train"])))
     say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
         f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens per update, "
         f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
@@ -586,10 +586,12 @@ def load_data(args):
         data.prepare("stdlib", data_dir=args.data_dir)
     if dist.is_initialized():
         dist.barrier()
-    loaded = data.load(args.dataset, args.data_dir)
+    meta, shards = data.load(args.dataset, args.data_dir)
+    if args.train_tokens:
+        shards["train"] = data.few(shards["train"], args.train_tokens)
     if args.resume:
         check_dataset(args, folder)
-    return loaded
+    return meta, shards
 
 
 def check_dataset(args, folder):

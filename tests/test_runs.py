@@ -63,7 +63,7 @@ def test_every_option_of_an_objective_is_fixed_and_every_flag_is_saved(finished)
     saved = read_config(finished)["train"]
     known = {action.dest for action in flags.build_parser()._actions} - {"help", "resume", "overwrite", "out_dir"}
     assert set(saved) == known
-    assert {"mask_ratio", "mask_range", "lookahead", "dar_estimator", "corruption", "normalization"} <= set(flags.FIXED)
+    assert {"mask_ratio", "mask_range", "lookahead", "dar_estimator", "corruption", "normalization", "train_tokens"} <= set(flags.FIXED)
 
 
 def test_a_device_picked_automatically_is_picked_again(data_dir, tmp_path):
