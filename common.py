@@ -571,8 +571,8 @@ def load_checkpoint(out_dir, device="cpu"):
 # Results: a number belongs to the weights it was measured on, and the weights to the code that made them
 
 # What training depends on: editing one of these files changes what a run learns
-SOURCES = ["objectives.py", "model.py", "train.py", "flags.py", "data.py", "documents.py", "tokenizer.py",
-           "common.py"]
+SOURCES = ["objectives.py", "model.py", "train.py", "run.py", "flags.py", "data.py", "documents.py",
+           "tokenizer.py", "common.py"]
 
 
 def source_digests(names=SOURCES):

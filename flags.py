@@ -200,3 +200,13 @@ def check_folder(args):
     if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         raise DataError(f"{args.out_dir} already holds a run: "
                         "continue it with --resume, or replace it with --overwrite")
+
+
+def make_options(args, vocab_size):
+    """The flags an objective may depend on, as objectives.Options."""
+    names = [field.name for field in fields(Options) if field.name != "vocab_size"]
+    missing = [name for name in names if not hasattr(args, name)]
+    if missing:
+        raise DataError(f"objectives.Options has {', '.join(missing)}, but flags.py has no flag of that name")
+    given = {name: getattr(args, name) for name in names}
+    return Options(vocab_size=vocab_size, **given)

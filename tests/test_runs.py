@@ -21,7 +21,8 @@ from test_train import (ROOT, TINY, assert_same, call, data_dir, log_of, one_thr
 
 import flags
 import train as script
-from common import read_config
+from common import hold, read_config, source_digests
+from run import flags_in_force
 
 # -----------------------------------------------------------------------------
 # Flags
@@ -68,7 +69,7 @@ def test_every_option_of_an_objective_is_fixed_and_every_flag_is_saved(finished)
 
 def test_a_device_picked_automatically_is_picked_again(data_dir, tmp_path):
     args = flags.parse_args(["--data_dir", str(data_dir), "--out_dir", str(tmp_path / "out"), "--dataset", "toy"])
-    assert args.device != "auto" and script.flags_in_force(args)["device"] == "auto"
+    assert args.device != "auto" and flags_in_force(args)["device"] == "auto"
 
 # -----------------------------------------------------------------------------
 # Data
@@ -100,7 +101,7 @@ def test_changed_code_is_named(run, tmp_path):
     out, _ = resume(tmp_path / "out", "--max_iters", "2")
     assert "objectives.py changed" in out
     sources = read_config(tmp_path / "out")["sources"]
-    assert sources == {**script.source_digests(), "objectives.py": "changed during the run"}
+    assert sources == {**source_digests(), "objectives.py": "changed during the run"}
 
 # -----------------------------------------------------------------------------
 # The folder
@@ -270,7 +271,7 @@ def test_no_thread_of_the_process_group_meets_the_end_of_the_interpreter(data_di
 @pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
 def test_a_refusal_ends_all_processes_without_a_traceback(run, data_dir, tmp_path, flag):
     run("--max_iters", "1", "--objective", "ar")
-    with script.hold(tmp_path / "out"):
+    with hold(tmp_path / "out"):
         done = subprocess.run(
             [*torchrun(2, 4), ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
              "--objective", "ar", flag, "--max_iters", "2"],
