@@ -6,6 +6,7 @@ The command line of train.py: every flag, the presets, and the checks that come 
 import argparse
 import math
 import os
+import sys
 from dataclasses import fields
 
 import torch
@@ -14,6 +15,7 @@ import data
 import objectives
 from common import DataError, Help, add_device_flags, pick_device, read_config
 from objectives import CHOICES, OBJECTIVES, Options
+from run import finish_replacing
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
     "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128,
@@ -117,9 +119,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
     try:
+        finish_replacing(args.out_dir)
         if args.resume:
             args = saved_flags(parser, argv, args.out_dir)
         complete(args)
+    except DataError as error:                  # of a folder: the same in every process of a machine
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
+        parser.error(str(error))
     except ValueError as error:
         parser.error(str(error))
     return args

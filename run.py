@@ -21,9 +21,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from common import (DataError, file_sha256, output_may_close, read_checkpoint, read_config, save_config,
-                    source_digests, write_atomically)
+from common import (DataError, file_sha256, hold, output_may_close, read_checkpoint, read_config, save_checkpoint,
+                    save_config, source_digests, write_atomically)
 
+RUN_FILES = ["config.json", "tokenizer.json", "unigram.npy", "log.jsonl", "ckpt.pt"]    # replaced in this order
 MOST_PASSES = 4             # over the training tokens: beyond, a model begins to learn them by heart
 
 # -----------------------------------------------------------------------------
@@ -54,29 +55,36 @@ def leave_together():
         dist.destroy_process_group()
 
 
-def in_first_process(action):
-    """Call action() in the first process. If it fails there, all leave: it with the error, the others silently.
+def together(action):
+    """action() in every process; returns its result. If it fails in any, all leave: the first of those that
+    failed with its error, the others silently.
     """
     rank, world = rank_and_world()
 
     # Try it
-    failure = None
-    if rank == 0:
-        try:
-            action()
-        except (DataError, OSError) as error:
-            failure = error
+    result = failure = None
+    try:
+        result = action()
+    except (DataError, OSError) as error:
+        failure = error
 
-    # Did it fail?
+    # Where did it fail?
     if world > 1:
-        flags = [failure is not None]
-        dist.broadcast_object_list(flags)
-        if flags[0]:
+        failed = [None] * world
+        dist.all_gather_object(failed, failure is not None)
+        if any(failed):
             leave_together()
-            if rank > 0:
+            if rank != failed.index(True):
                 sys.exit(2)
     if failure:
         raise failure
+    return result
+
+
+def in_first_process(action):
+    """action() in the first process. If it fails there, all leave, see `together`."""
+    rank, _ = rank_and_world()
+    together(action if rank == 0 else lambda: None)
 
 
 def rank_and_world():
@@ -133,7 +141,7 @@ def say_passes(args, done, train_tokens):
 
 
 def patience():
-    """torchrun kills after 30 s; said before a checkpoint is saved on a signal."""
+    """torchrun kills 30 s after a signal: said before a checkpoint is saved."""
     return " (torchrun waits 30 s for it)" if dist.is_initialized() else ""
 
 
@@ -161,18 +169,20 @@ def load_data(args):
 
     A resumed run never prepares one: it needs the very dataset that it began with. Raises DataError.
     """
-    rank, _ = rank_and_world()
     folder = os.path.join(args.data_dir, args.dataset)
-    missing = not os.path.exists(os.path.join(folder, "meta.json"))
-    if missing and args.resume:
-        raise DataError(f"{folder}, the dataset of this run, does not exist: --data_dir names its folder")
-    if missing and args.dataset == "stdlib" and rank == 0:
-        data.prepare("stdlib", data_dir=args.data_dir)
-    if dist.is_initialized():
-        dist.barrier()
-    loaded = data.load(args.dataset, args.data_dir)
+
+    def prepare():
+        if os.path.exists(os.path.join(folder, "meta.json")):
+            return
+        if args.resume:
+            raise DataError(f"{folder}, the dataset of this run, does not exist: --data_dir names its folder")
+        if args.dataset == "stdlib":
+            data.prepare("stdlib", data_dir=args.data_dir)
+
+    in_first_process(prepare)
+    loaded = together(lambda: data.load(args.dataset, args.data_dir))
     if args.resume:
-        check_dataset(args, folder)
+        in_first_process(lambda: check_dataset(args, folder))
     return loaded
 
 
@@ -204,17 +214,69 @@ def flags_in_force(args):
 
 
 def write_folder(args, config, dataset):
-    """What makes out_dir a checkpoint besides the weights. A fresh run removes what an earlier one left."""
+    """Write what makes a folder a checkpoint besides the weights.
+
+    A run that replaces an older one begins in out_dir/.new, see `replace_older`.
+    """
+    new = os.path.join(args.out_dir, ".new")
+    shutil.rmtree(new, ignore_errors=True)                  # of a run that was killed before it saved
+    folder = args.out_dir
     if not args.resume:
-        for name in os.listdir(args.out_dir):
-            ours = ("ckpt.pt", "log.jsonl", "config.json", "unigram.npy", "spectrum.json")
-            if name in ours or name.startswith("eval_"):
-                os.remove(os.path.join(args.out_dir, name))
-        shutil.copy(os.path.join(dataset, "tokenizer.json"), args.out_dir)
+        if os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+            folder = new
+            os.mkdir(folder)
+        else:
+            remove_run(args.out_dir)                        # a log without a checkpoint, for instance
+        shutil.copy(os.path.join(dataset, "tokenizer.json"), folder)
         with contextlib.suppress(FileNotFoundError):                        # datasets of older versions
-            shutil.copy(os.path.join(dataset, "unigram.npy"), args.out_dir)
-    save_config(args.out_dir, config, train=flags_in_force(args), torch=torch.__version__,
+            shutil.copy(os.path.join(dataset, "unigram.npy"), folder)
+    save_config(folder, config, train=flags_in_force(args), torch=torch.__version__,
                 sources=sources_of_run(args), dataset=dataset_digests(dataset))
+
+
+def folder_now(out_dir):
+    """Where the files of the running run are: in out_dir/.new until an older run is replaced."""
+    new = os.path.join(out_dir, ".new")
+    return new if os.path.exists(new) else out_dir
+
+
+def save(out_dir, model, optimizers, step, tokens):
+    """Save a checkpoint. The first one of a run puts it in the place of an older run."""
+    save_checkpoint(folder_now(out_dir), model, optimizers, step, tokens)
+    replace_older(out_dir)
+
+
+def replace_older(out_dir):
+    """If the run in out_dir/.new has a checkpoint, put it in the place of the older run in out_dir.
+
+    Until then the older run is whole. Its config.json goes first and the new ckpt.pt comes last, so files of
+    two runs never make a checkpoint together. A process that is killed in between leaves .new/ckpt.pt, and
+    the next one does the rest.
+    """
+    new = os.path.join(out_dir, ".new")
+    if not os.path.exists(os.path.join(new, "ckpt.pt")):
+        return
+    if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+        remove_run(out_dir)
+    for name in RUN_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(os.path.join(new, name), os.path.join(out_dir, name))
+    shutil.rmtree(new)
+
+
+def finish_replacing(out_dir):
+    """What a process that was killed in `replace_older` left to do. Raises DataError if it is still alive."""
+    if os.path.exists(os.path.join(out_dir, ".new", "ckpt.pt")):
+        with hold(out_dir):
+            replace_older(out_dir)
+
+
+def remove_run(out_dir):
+    """Remove the files of a run, and the results that were measured on it."""
+    results = [name for name in os.listdir(out_dir) if name.startswith("eval_")]
+    for name in [*results, "finished.json", "spectrum.json", *RUN_FILES]:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out_dir, name))
 
 
 def sources_of_run(args):
@@ -263,9 +325,9 @@ def cut_log(path, step):
     write_atomically(path, lambda file: file.write(b"".join(good)))
 
 
-def append_line(path, line):
-    """Append a JSON object as a line."""
-    with open(path, "a") as file:
+def log(out_dir, line):
+    """Append a JSON object to log.jsonl, as a line."""
+    with open(os.path.join(folder_now(out_dir), "log.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -278,7 +340,7 @@ def check_finite(numbers, model, step, saved):
     bad = step
     if not steps_ok.all():
         bad = step - len(numbers) + 1 + int(steps_ok.int().argmin())        # the first one
-    kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+    kept = f"the checkpoint of step {saved} is kept" if saved else "this run has saved no checkpoint yet"
     say(f"error: loss, gradient or weights not finite at step {bad}; {kept}")
     leave_together()
     sys.exit(1)
@@ -287,44 +349,62 @@ def check_finite(numbers, model, step, saved):
 # Signals: save, then stop
 
 @contextlib.contextmanager
-def stop_signals():
-    """A list whose last entry is the signal that asked to stop (Ctrl-C, SIGTERM, a closed terminal), or 0.
-
-    The old handlers are restored at the end. Outside of the main thread Python allows none: nothing is caught.
+def handler(handle):
+    """Call handle(number, frame) on Ctrl-C, SIGTERM and a closed terminal. The old handlers are restored at
+    the end. Outside of the main thread Python allows none: nothing is caught.
     """
-    signals = [0]
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-
     old = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)                # Windows has no SIGHUP
-        if number and signal.getsignal(number) not in (signal.SIG_IGN, None):       # nohup ignores SIGHUP
-            old[number] = signal.signal(number, lambda number, frame: signals.append(number))
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)            # Windows has no SIGHUP
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):   # nohup ignores SIGHUP
+                old[number] = signal.signal(number, handle)
     try:
-        yield signals
+        yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, handle in old.items():
+            signal.signal(number, handle)
 
 
 @contextlib.contextmanager
-def stop_vote(signals):
+def one_line_stop():
+    """A signal ends the process with one line and exit code 128 + its number: before and after the loop
+    nothing needs to be saved.
+    """
+    numbers = []
+
+    def stop(number, frame):
+        numbers.append(number)
+        sys.exit(128 + number)
+
+    # The other processes end at once: Python would not call `stop` while they wait for the first one
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with handler(stop if first else signal.SIG_DFL):
+            yield
+    except SystemExit:
+        if numbers:
+            print(f"stopped by {signal.Signals(numbers[0]).name}", file=sys.stderr, flush=True)
+            if dist.is_initialized():                       # its threads would abort at Python's own end
+                os._exit(128 + numbers[0])
+        raise
+
+
+@contextlib.contextmanager
+def stop_vote():
     """A function to call after every step: the signal on which all processes stop at this step, or 0.
 
     Processes must stop at the same step. So the flags of a step are combined while the next one runs, and
     read after it: on the CPU (gloo), without waiting for a GPU.
     """
     _, world = rank_and_world()
-    if world == 1:
-        yield lambda: signals[-1]
-        return
-
-    group = dist.new_group(backend="gloo")
+    signals = [0]
+    group = dist.new_group(backend="gloo") if world > 1 else None
     running = []                                            # (work, flag) of the steps that are not read yet
 
     def vote():
+        if world == 1:
+            return signals[-1]
         flag = torch.tensor(signals[-1])
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
         running.append((work, flag))
@@ -334,11 +414,12 @@ def stop_vote(signals):
         work.wait()
         return int(flag)
 
-    try:
-        yield vote
-    finally:
-        for work, _ in running:
-            work.wait()
+    with handler(lambda number, frame: signals.append(number)):
+        try:
+            yield vote
+        finally:
+            for work, _ in running:
+                work.wait()
 
 # -----------------------------------------------------------------------------
 # Compilation

@@ -22,8 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from common import (Help, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype,
-                    show_any_character)
+from common import Help, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -393,7 +392,6 @@ def run(args):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    show_any_character()                                    # "?" where a terminal cannot show a character
     with one_line_errors():
         run(args)
 

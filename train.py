@@ -29,14 +29,13 @@ import torch
 
 import data
 import objectives
-from common import (DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory,
-                    save_checkpoint, show_any_character)
+from common import (DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory)
 from flags import check_folder, make_options, parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Batch, Draw
-from run import (all_reduce, append_line, check_finite, command, compiled, in_first_process, leave_together,
-                 load_data, patience, pick_compile, progress_bar, rank_and_world, restore, resume_command, say,
-                 say_passes, show_speed, start_processes, stop_signals, stop_vote, write_folder)
+from run import (all_reduce, check_finite, command, compiled, in_first_process, leave_together, load_data, log,
+                 one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore, resume_command,
+                 save, say, say_passes, show_speed, start_processes, stop_vote, together, write_folder)
 from sample import demonstration
 from tokenizer import load_tokenizer
 
@@ -72,7 +71,7 @@ def check_first_batch(shards, options, args):
     for split in ("train", "val"):
         data.check_window(shards[split], objectives.window_size(options))
     try:
-        objectives.check_objective(options)
+        objectives.check_objective(options, same_shapes=args.compile != "off")
         batch = get_batch(shards["train"], options, args.seed, 0, range(args.batch_size))
         objectives.check_batch(batch, options)
     except ValueError as error:
@@ -106,16 +105,22 @@ def validation_batches(shards, options, args):
 
 
 def evaluate(model, shards, options, args):
-    """Validation loss, nats per scored token: the sum of the losses over the sum of the weights.
+    """Yields None after every batch, equally often in all processes, and at last the validation loss, nats per
+    scored token: the sum of the losses over the sum of the weights.
 
     Gradients stay on: without them the model would be compiled again.
     """
+    _, world = rank_and_world()
     total = torch.zeros(2)
-    for batch in validation_batches(shards, options, args):
-        batch = to_device(batch, args.device)
-        total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
+    batches = validation_batches(shards, options, args)
+    for _ in range(math.ceil(args.eval_sequences / (args.batch_size * world))):
+        batch = next(batches, None)                         # None: another process has one batch more
+        if batch is not None:
+            batch = to_device(batch, args.device)
+            total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
+        yield None
     loss, weight = all_reduce(total.to(args.device)).tolist()
-    return loss / weight
+    yield loss / weight
 
 
 def unigram_loss(dataset, shards, options, args):
@@ -203,7 +208,7 @@ def train(args):
     start_processes(args)
     meta, shards = load_data(args)
     options = make_options(args, meta["vocab_size"])
-    check_first_batch(shards, options, args)
+    together(lambda: check_first_batch(shards, options, args))
     with contextlib.ExitStack() as held:
         in_first_process(lambda: held.enter_context(hold(args.out_dir)))
         in_first_process(lambda: check_folder(args))    # again: another run may have ended just now
@@ -274,7 +279,7 @@ def pretrain(args, meta, shards, options):
 def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops):
     """Update; at their intervals log, validate and save.
 
-    fast: `model`, compiled or not. steps: see `prefetch`. validate(): the validation loss.
+    fast: `model`, compiled or not. steps: see `prefetch`. validate(): see `evaluate`.
     baseline: that of word frequencies. done: {"step", "tokens"} of the run so far.
     Returns the last line of the log, a dict, and the signal that stopped the run, or 0.
     """
@@ -286,11 +291,8 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
     pending = []                                # (loss, gradient norm) of the steps since the last log line
     clock = time.time()
 
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(stop_signals())
-        vote = stack.enter_context(stop_vote(signals))
-        stack.enter_context(contextlib.closing(steps))
-        bar = stack.enter_context(progress_bar(args.max_iters, done["step"]))
+    bar = progress_bar(args.max_iters, done["step"])
+    with stop_vote() as vote, contextlib.closing(steps), bar as bar:
         for step, batches in steps:
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
@@ -310,7 +312,7 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
 
             # Log
             numbers = all_reduce(torch.stack(pending)).cpu()    # (steps, 2), host-device sync
-            check_finite(numbers, model if saves else None, step, saved)
+            check_finite(numbers, model if saves or validates else None, step, saved)
             seconds = time.time() - clock
             line = {"step": step, "tokens": tokens, "train_loss": numbers[:, 0].mean().item(),
                     "grad_norm": numbers[-1, 1].item(), "lr": optimizers[0].param_groups[0]["lr"],
@@ -319,19 +321,25 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
                 line["mfu"] = len(pending) * step_flops / seconds / peak
             show_speed(bar, line)
 
-            # Validate
+            # Validate. A stop does not wait for the end: torchrun kills 30 s after SIGTERM
             if validates:
-                line["val_loss"] = validate()
+                for val_loss in validate():
+                    stop = stop or vote()
+                    if stop and saved < step:
+                        say(f"stopping: saving step {step}, then the validation goes on ...{patience()}")
+                        in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
+                        saved = step
+                line["val_loss"] = val_loss
                 line["word_frequencies"] = baseline
                 say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}"
                     f"{beside(baseline)}")
 
             # Save
-            if stop:
-                say(f"stopping: saving step {step} ...{patience()}")
-            in_first_process(lambda: append_line(os.path.join(args.out_dir, "log.jsonl"), line))
-            if saves:
-                in_first_process(lambda: save_checkpoint(args.out_dir, model, optimizers, step, tokens))
+            in_first_process(lambda: log(args.out_dir, line))
+            if saves and saved < step:
+                if stop:
+                    say(f"stopping: saving step {step} ...{patience()}")
+                in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
                 saved = step
             if stop and not final:
                 say(f"stopped at step {step} and saved; resume with: {resume_command(args)}")
@@ -376,10 +384,9 @@ def beside(baseline):
 
 
 def main(argv=None):
-    show_any_character()
-    args = parse_args(argv)
-    reuse_memory()
-    with one_line_errors(DataError, OSError):
+    with one_line_stop(), one_line_errors(DataError, OSError):
+        args = parse_args(argv)
+        reuse_memory()
         train(args)
 
 

@@ -122,7 +122,7 @@ def test_overwrite_removes_old_results(run, tmp_path):
         (tmp_path / "out" / name).write_text("{}")
     run("--max_iters", "1", "--overwrite")
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"ckpt.pt", "config.json", "log.jsonl", "tokenizer.json", "unigram.npy", "notes.txt", ".lock"}
+    assert left == {"ckpt.pt", "config.json", "log.jsonl", "tokenizer.json", "unigram.npy", "notes.txt"}
 
 
 def test_a_second_process_in_the_folder_is_refused(data_dir, tmp_path):
