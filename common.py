@@ -41,6 +41,10 @@ class DataError(ValueError):
     """Bad input; the message is one line for the user."""
 
 
+class DeviceError(DataError):
+    """A device that does not exist."""
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds):
     """For the main function of a script. Errors of these kinds (default: ValueError, OSError) end the program
@@ -439,7 +443,7 @@ def add_device_flags(parser, dtype="auto"):
 def pick_device(device="auto"):
     """The device to use: "auto" takes a GPU if there is one, and every process of torchrun its own.
 
-    Raises ValueError for a device that does not exist.
+    Raises DeviceError.
     """
     if device == "auto":
         device = "cpu"
@@ -456,7 +460,7 @@ def pick_device(device="auto"):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} is not available: {reason}") from None
+        raise DeviceError(f"device {device!r} is not available: {reason}") from None
     return device
 
 

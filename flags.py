@@ -13,7 +13,7 @@ import torch
 
 import data
 import objectives
-from common import DataError, Help, add_device_flags, pick_device, read_config
+from common import DataError, DeviceError, Help, add_device_flags, pick_device, read_config
 from objectives import CHOICES, OBJECTIVES, Options
 from run import finish_replacing
 
@@ -113,9 +113,11 @@ FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed"
 def parse_args(argv=None):
     """The command line as a namespace without open choices.
 
-    Exits with code 2 and one line if it makes no sense.
+    Exits with code 2 and one line if it makes no sense. Raises DeviceError.
     """
     parser = build_parser()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        parser.error = lambda message: sys.exit(2)          # the first process of this machine says it
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
     try:
@@ -123,10 +125,8 @@ def parse_args(argv=None):
         if args.resume:
             args = saved_flags(parser, argv, args.out_dir)
         complete(args)
-    except DataError as error:                  # of a folder: the same in every process of a machine
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)
-        parser.error(str(error))
+    except DeviceError:                         # every process has a device of its own
+        raise
     except ValueError as error:
         parser.error(str(error))
     return args
