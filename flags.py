@@ -120,6 +120,7 @@ def parse_args(argv=None):
         parser.error = lambda message: sys.exit(2)          # the first process of this machine says it
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
+
     try:
         finish_replacing(args.out_dir)
         if args.resume:

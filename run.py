@@ -1,8 +1,8 @@
 """
 What surrounds the training loop: processes, the run's folder, signals, compilation. Skip it at first reading.
 
-train.py is the loop itself. Under torchrun every process runs all of it. What belongs to the whole run, such as
-writing a file or printing a line, is done by the first one.
+train.py is the loop itself. Under torchrun every process runs all of it. What belongs to the whole run, such
+as writing a file or printing a line, is done by the first one.
 """
 import contextlib
 import gc
@@ -21,10 +21,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from common import (DataError, file_sha256, hold, output_may_close, read_checkpoint, read_config, save_checkpoint,
-                    save_config, source_digests, write_atomically)
+from common import (DataError, file_sha256, hold, output_may_close, read_checkpoint, read_config,
+                    save_checkpoint, save_config, source_digests, write_atomically)
 
-RUN_FILES = ["config.json", "tokenizer.json", "unigram.npy", "log.jsonl", "ckpt.pt"]    # replaced in this order
+# A run's files, in the order in which they are replaced
+RUN_FILES = ["config.json", "tokenizer.json", "unigram.npy", "log.jsonl", "ckpt.pt"]
 MOST_PASSES = 4             # over the training tokens: beyond, a model begins to learn them by heart
 
 # -----------------------------------------------------------------------------

@@ -8,8 +8,8 @@ bytes -> windows -> (context, target) pairs -> loss -> update.
     python train.py --objective vlm --preset paper  # 16 layers, width 768, on the Pile (data.py fetches it)
     torchrun --standalone --nproc_per_node=8 train.py --objective vlm --preset paper
 
-Sizes, learning rates and all other settings: PRESETS in flags.py. What surrounds the loop (processes, the run's
-folder, signals, compilation): run.py.
+Sizes, learning rates and all other settings: PRESETS in flags.py. What surrounds the loop (processes, the
+run's folder, signals, compilation): run.py.
 
 Everything random is a pure function of (seed, step, index of the sequence in the global batch), and the loss
 is summed over the batch and divided once. So a run is the same, to rounding, on 1 or 8 processes, in 1 or 4
@@ -33,9 +33,10 @@ from common import (DataError, hold, one_line_errors, output_may_close, peak_flo
 from flags import check_folder, make_options, parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Batch, Draw
-from run import (all_reduce, check_finite, command, compiled, in_first_process, leave_together, load_data, log,
-                 one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore, resume_command,
-                 save, say, say_passes, show_speed, start_processes, stop_vote, together, write_folder)
+from run import (all_reduce, check_finite, command, compiled, in_first_process, leave_together, load_data,
+                 log, one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore,
+                 resume_command, save, say, say_passes, show_speed, start_processes, stop_vote, together,
+                 write_folder)
 from sample import demonstration
 from tokenizer import load_tokenizer
 
@@ -105,8 +106,8 @@ def validation_batches(shards, options, args):
 
 
 def evaluate(model, shards, options, args):
-    """Yields None after every batch, equally often in all processes, and at last the validation loss, nats per
-    scored token: the sum of the losses over the sum of the weights.
+    """Yields None after every batch, and at last the validation loss, nats per scored token: the sum of the
+    losses over the sum of the weights. Equally often in all processes, so that they can stop together.
 
     Gradients stay on: without them the model would be compiled again.
     """
@@ -270,10 +271,11 @@ def pretrain(args, meta, shards, options):
     validate = partial(evaluate, fast, shards["val"], options, args)
     steps = prefetch(make, first, done["step"], args.max_iters)
     line, stop = loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops)
-    if rank == 0 and line["step"] == args.max_iters:
+    if line["step"] < args.max_iters:
+        return stop
+    if rank == 0:
         finish(args, model, meta["splits"]["val"], shards["val"], line["val_loss"], baseline)
-        return 0
-    return stop
+    return 0
 
 
 def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops):
@@ -291,6 +293,12 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
     pending = []                                # (loss, gradient norm) of the steps since the last log line
     clock = time.time()
 
+    def save_now():
+        if stop:
+            say(f"stopping: saving step {step} ...{patience()}")
+        in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
+        return step
+
     bar = progress_bar(args.max_iters, done["step"])
     with stop_vote() as vote, contextlib.closing(steps), bar as bar:
         for step, batches in steps:
@@ -305,14 +313,15 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
             stop = vote()
             final = step == args.max_iters
             validates = final or step % args.eval_interval == 0
-            saves = final or stop or step % args.save_interval == 0
-            logs = validates or saves or step % args.log_interval == 0
+            saves = final or step % args.save_interval == 0
+            logs = validates or saves or stop or step % args.log_interval == 0
             if not logs:
                 continue
 
             # Log
             numbers = all_reduce(torch.stack(pending)).cpu()    # (steps, 2), host-device sync
-            check_finite(numbers, model if saves or validates else None, step, saved)
+            may_save = validates or saves or stop
+            check_finite(numbers, model if may_save else None, step, saved)
             seconds = time.time() - clock
             line = {"step": step, "tokens": tokens, "train_loss": numbers[:, 0].mean().item(),
                     "grad_norm": numbers[-1, 1].item(), "lr": optimizers[0].param_groups[0]["lr"],
@@ -321,14 +330,12 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
                 line["mfu"] = len(pending) * step_flops / seconds / peak
             show_speed(bar, line)
 
-            # Validate. A stop does not wait for the end: torchrun kills 30 s after SIGTERM
+            # Validate. A stop saves first: torchrun kills 30 s after SIGTERM
             if validates:
                 for val_loss in validate():
                     stop = stop or vote()
                     if stop and saved < step:
-                        say(f"stopping: saving step {step}, then the validation goes on ...{patience()}")
-                        in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
-                        saved = step
+                        saved = save_now()
                 line["val_loss"] = val_loss
                 line["word_frequencies"] = baseline
                 say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}"
@@ -336,11 +343,8 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
 
             # Save
             in_first_process(lambda: log(args.out_dir, line))
-            if saves and saved < step:
-                if stop:
-                    say(f"stopping: saving step {step} ...{patience()}")
-                in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
-                saved = step
+            if (saves or stop) and saved < step:
+                saved = save_now()
             if stop and not final:
                 say(f"stopped at step {step} and saved; resume with: {resume_command(args)}")
                 break
