@@ -162,7 +162,10 @@ def write_json(path, value):
 @contextlib.contextmanager
 def hold(folder):
     """Make `folder` and let nobody else hold it meanwhile: a second process gets a DataError."""
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be made: {error.strerror}") from None
     busy = f"another process is working in {folder}: wait for it, or name another --out_dir"
     with lock(os.path.join(folder, ".lock"), busy):
         yield

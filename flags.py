@@ -95,7 +95,7 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
     p.add_argument("--resume", action="store_true",
                    help="continue the run in out_dir with its own flags (given ones replace them)")
-    p.add_argument("--overwrite", action="store_true", help="replace a run that is already in out_dir")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in out_dir, once the new one has a checkpoint")
     add_device_flags(p)
     p.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                    help="torch.compile; auto: on GPUs, and on CPUs when the run is long enough to pay for it")

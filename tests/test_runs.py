@@ -237,6 +237,12 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(run, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, err = run("--max_iters", "1", out="file/out", code=2)
+    assert "file/out cannot be made" in err and err.count("\n") == 1
+
+
 def test_a_run_that_never_saved_is_one_line(run, tmp_path):
     run("--max_iters", "1")
     (tmp_path / "out" / "ckpt.pt").unlink()
