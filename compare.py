@@ -535,7 +535,7 @@ def finished(words, run, weights):
 def read_finished(run):
     """{command: [digest of the weights, digests of the code]}; {} if nothing is finished."""
     try:
-        return json.loads(Path(run.folder, "finished.json").read_text())
+        return json.loads(Path(run.folder, "finished.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -791,7 +791,7 @@ def plot_curves(runs, path):
 def read_log(path):
     """The lines of a log.jsonl, without damaged ones."""
     out = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             out.append(json.loads(line))
         except ValueError:

@@ -115,7 +115,7 @@ def finish_replacing(folder):
     new = Path(folder, "new")
     if not Path(new, "meta.json").exists():
         return
-    with open(new / "meta.json") as file:
+    with open(new / "meta.json", encoding="utf-8") as file:
         meta = json.load(file)
     shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
 
@@ -284,7 +284,7 @@ def load(name, data_dir=DATA_DIR, full=False):
     """
     folder = os.path.join(data_dir, name)
     try:
-        with open(os.path.join(folder, "meta.json")) as file:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
             meta = json.load(file)
         dtype, vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
         listed = [(split, shard["file"], shard["tokens"], shard["sha256"])

@@ -543,7 +543,7 @@ def validation_split(args, checkpoint):
     train = checkpoint.config["train"]
     folder = Path(args.data_dir or train.get("data_dir", data.DATA_DIR), train["dataset"])
     _, splits = data.load(folder.name, str(folder.parent))
-    tokenizers = [Path(place, "tokenizer.json").read_text() for place in (folder, checkpoint.path)]
+    tokenizers = [Path(place, "tokenizer.json").read_text(encoding="utf-8") for place in (folder, checkpoint.path)]
     if tokenizers[0] != tokenizers[1]:
         raise ValueError(f"the tokenizer of {folder} is not that of {checkpoint.path}: the dataset was "
                          "prepared again after training")

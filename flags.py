@@ -6,14 +6,16 @@ The command line of train.py: every flag, the presets, and the checks that come 
 import argparse
 import math
 import os
+import sys
 from dataclasses import fields
 
 import torch
 
 import data
 import objectives
-from common import DataError, Help, add_device_flags, pick_device, read_config
+from common import DataError, DeviceError, Help, add_device_flags, pick_device, read_config
 from objectives import CHOICES, OBJECTIVES, Options
+from run import finish_replacing
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
     "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128,
@@ -97,7 +99,7 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
     p.add_argument("--resume", action="store_true",
                    help="continue the run in out_dir with its own flags (given ones replace them)")
-    p.add_argument("--overwrite", action="store_true", help="replace a run that is already in out_dir")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in out_dir, once the new one has a checkpoint")
     add_device_flags(p)
     p.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                    help="torch.compile; auto: on GPUs, and on CPUs when the run is long enough to pay for it")
@@ -115,15 +117,21 @@ FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed"
 def parse_args(argv=None):
     """The command line as a namespace without open choices.
 
-    Exits with code 2 and one line if it makes no sense.
+    Exits with code 2 and one line if it makes no sense. Raises DeviceError.
     """
     parser = build_parser()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        parser.error = lambda message: sys.exit(2)          # the first process of this machine says it
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
+
     try:
+        finish_replacing(args.out_dir)
         if args.resume:
             args = saved_flags(parser, argv, args.out_dir)
         complete(args)
+    except DeviceError:                         # every process has a device of its own
+        raise
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -205,3 +213,13 @@ def check_folder(args):
     if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         raise DataError(f"{args.out_dir} already holds a run: "
                         "continue it with --resume, or replace it with --overwrite")
+
+
+def make_options(args, vocab_size):
+    """The flags an objective may depend on, as objectives.Options."""
+    names = [field.name for field in fields(Options) if field.name != "vocab_size"]
+    missing = [name for name in names if not hasattr(args, name)]
+    if missing:
+        raise DataError(f"objectives.Options has {', '.join(missing)}, but flags.py has no flag of that name")
+    given = {name: getattr(args, name) for name in names}
+    return Options(vocab_size=vocab_size, **given)

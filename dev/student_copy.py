@@ -124,8 +124,8 @@ def make_copy(folder, exercises):
         removed = []
         for number in exercises:
             for name, functions in EXERCISES[number].items():
-                source, lines = blank((unfinished / name).read_text(), functions, number)
-                (unfinished / name).write_text(source)
+                source, lines = blank((unfinished / name).read_text(encoding="utf-8"), functions, number)
+                (unfinished / name).write_text(source, encoding="utf-8")
                 removed += lines
         unfinished.rename(folder)
     finally:
