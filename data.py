@@ -115,7 +115,7 @@ def finish_replacing(folder):
     new = Path(folder, "new")
     if not Path(new, "meta.json").exists():
         return
-    with open(new / "meta.json") as file:
+    with open(new / "meta.json", encoding="utf-8") as file:
         meta = json.load(file)
     shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
 
@@ -284,7 +284,7 @@ def load(name, data_dir=DATA_DIR, full=False):
     """
     folder = os.path.join(data_dir, name)
     try:
-        with open(os.path.join(folder, "meta.json")) as file:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
             meta = json.load(file)
         dtype, vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
         listed = [(split, shard["file"], shard["tokens"], shard["sha256"])
@@ -372,6 +372,21 @@ def windows(shards, span, u):
     first = number - (ends - starts)[shard]                                         # (B,) place in the shard
     rows = [shards[s][i:i + span] for s, i in zip(shard, first)]
     return np.stack(rows).astype(np.int64)                                          # (B, span)
+
+
+PIECE = 2048            # tokens
+
+def few(shards, tokens):
+    """At most `tokens` tokens of a split, a list of (n,) ids, as pieces of 2048 tokens evenly spread over it.
+
+    Fewer tokens are not always a part of more, but always from everywhere in the text. Raises DataError if
+    there are not as many.
+    """
+    pieces = [ids[start:start + PIECE] for ids in shards for start in range(0, len(ids) - PIECE + 1, PIECE)]
+    n = tokens // PIECE
+    if not 1 <= n <= len(pieces):
+        raise DataError(f"train_tokens must be between {PIECE} and {PIECE * len(pieces)}, not {tokens}")
+    return [pieces[i * len(pieces) // n] for i in range(n)]
 
 # -----------------------------------------------------------------------------
 # What is wanted, and what exists

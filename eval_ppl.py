@@ -142,9 +142,12 @@ def left_to_right_causal(model, x, batch_size):
 def left_to_right_masked(model, x, wanted, masks, batch_size):
     """-log P(x[k+1] | x[1..k]) of a masked model: x[1..k] visible, then masks only, read out at the first.
 
-    wanted: (n, T) bool, the tokens that are scored. masks: (T,), how many follow a prompt of k tokens.
-    Every wanted token is a forward pass of k + masks[k] tokens. Passes are sorted by length. Where lengths
-    differ within a batch, padding is hidden from attention.
+    x: (n, T). wanted: (n, T) bool, the tokens that are scored: at [i, k] the one after the first k of window
+    i, never at [i, 0]. masks: (T,), how many follow a prompt of k tokens. Returns Scores with fields (n, T),
+    0 where nothing is wanted.
+
+    Every wanted token is a forward pass of k + masks[k] tokens. For speed, passes are sorted by length and
+    done batch_size at a time. Where lengths differ within a batch, padding is hidden from attention.
     """
     rows, prompts = wanted.nonzero()                                    # (N,), (N,)
     row = torch.from_numpy(rows).to(x.device)

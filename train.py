@@ -8,7 +8,8 @@ bytes -> windows -> (context, target) pairs -> loss -> update.
     python train.py --objective vlm --preset paper  # 16 layers, width 768, on the Pile (data.py fetches it)
     torchrun --standalone --nproc_per_node=8 train.py --objective vlm --preset paper
 
-Sizes, learning rates and all other settings: PRESETS in flags.py.
+Sizes, learning rates and all other settings: PRESETS in flags.py. What surrounds the loop (processes, the
+run's folder, signals, compilation): run.py.
 
 Everything random is a pure function of (seed, step, index of the sequence in the global batch), and the loss
 is summed over the batch and divided once. So a run is the same, to rounding, on 1 or 8 processes, in 1 or 4
@@ -16,40 +17,30 @@ micro-batches, and a resumed run continues exactly where it stopped. Progress go
 out_dir/log.jsonl, one JSON object per line.
 """
 import contextlib
-import gc
-import json
 import math
 import os
-import re
-import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import objectives
-from common import (DataError, file_sha256, hold, one_line_errors, output_may_close, peak_flops, pick_dtype,
-                    read_checkpoint, read_config, reuse_memory, save_checkpoint, save_config, show_any_character,
-                    source_digests, write_atomically)
-from flags import check_folder, parse_args
+from common import (DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory)
+from flags import check_folder, make_options, parse_args
 from model import Config, Transformer, flops, num_params
-from objectives import OBJECTIVES, Batch, Draw, Options
-from sample import draw, fill, generate
+from objectives import OBJECTIVES, Batch, Draw
+from run import (all_reduce, check_finite, command, compiled, in_first_process, leave_together, load_data,
+                 log, one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore,
+                 resume_command, save, say, say_passes, show_speed, start_processes, stop_vote, together,
+                 write_folder)
+from sample import demonstration
 from tokenizer import load_tokenizer
 
 VAL_SEED = 2407_00935       # validation windows and masks are the same for every run, so that losses compare
-MOST_PASSES = 4             # over the training tokens: beyond, a model begins to learn them by heart
 CONTEXT_GAIN = 0.03         # a loss less than this fraction below that of word frequencies: no context yet
 
 # -----------------------------------------------------------------------------
@@ -81,7 +72,7 @@ def check_first_batch(shards, options, args):
     for split in ("train", "val"):
         data.check_window(shards[split], objectives.window_size(options))
     try:
-        objectives.check_objective(options)
+        objectives.check_objective(options, same_shapes=args.compile != "off")
         batch = get_batch(shards["train"], options, args.seed, 0, range(args.batch_size))
         objectives.check_batch(batch, options)
     except ValueError as error:
@@ -115,16 +106,22 @@ def validation_batches(shards, options, args):
 
 
 def evaluate(model, shards, options, args):
-    """Validation loss, nats per scored token: the sum of the losses over the sum of the weights.
+    """Yields None after every batch, and at last the validation loss, nats per scored token: the sum of the
+    losses over the sum of the weights. Equally often in all processes, so that they can stop together.
 
     Gradients stay on: without them the model would be compiled again.
     """
+    _, world = rank_and_world()
     total = torch.zeros(2)
-    for batch in validation_batches(shards, options, args):
-        batch = to_device(batch, args.device)
-        total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
+    batches = validation_batches(shards, options, args)
+    for _ in range(math.ceil(args.eval_sequences / (args.batch_size * world))):
+        batch = next(batches, None)                         # None: another process has one batch more
+        if batch is not None:
+            batch = to_device(batch, args.device)
+            total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
+        yield None
     loss, weight = all_reduce(total.to(args.device)).tolist()
-    return loss / weight
+    yield loss / weight
 
 
 def unigram_loss(dataset, shards, options, args):
@@ -212,17 +209,17 @@ def train(args):
     start_processes(args)
     meta, shards = load_data(args)
     options = make_options(args, meta["vocab_size"])
-    check_first_batch(shards, options, args)
+    together(lambda: check_first_batch(shards, options, args))
     with contextlib.ExitStack() as held:
         in_first_process(lambda: held.enter_context(hold(args.out_dir)))
         in_first_process(lambda: check_folder(args))    # again: another run may have ended just now
-        stop = run(args, meta, shards, options)
+        stop = pretrain(args, meta, shards, options)
         leave_together()
     if stop:
         sys.exit(128 + stop)
 
 
-def run(args, meta, shards, options):
+def pretrain(args, meta, shards, options):
     """Set up model and optimizers, continue or begin the run, and finish it.
 
     meta: of the dataset. shards: {"train": [(n,) ids, ...], "val": [...]}. Returns the signal that stopped
@@ -264,7 +261,7 @@ def run(args, meta, shards, options):
     scored = sum(len(batch.positions) for batch in first)                   # by this process, per update
     step_flops = flops(config, local, args.block_size, scored)
     baseline = unigram_loss(dataset, shards["val"], options, args)
-    say_passes(args, done, meta["splits"]["train"]["tokens"])
+    say_passes(args, done, sum(map(len, shards["train"])))
     say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
         f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens per update, "
         f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
@@ -274,16 +271,17 @@ def run(args, meta, shards, options):
     validate = partial(evaluate, fast, shards["val"], options, args)
     steps = prefetch(make, first, done["step"], args.max_iters)
     line, stop = loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops)
-    if rank == 0 and line["step"] == args.max_iters:
+    if line["step"] < args.max_iters:
+        return stop
+    if rank == 0:
         finish(args, model, meta["splits"]["val"], shards["val"], line["val_loss"], baseline)
-        return 0
-    return stop
+    return 0
 
 
 def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops):
     """Update; at their intervals log, validate and save.
 
-    fast: `model`, compiled or not. steps: see `prefetch`. validate(): the validation loss.
+    fast: `model`, compiled or not. steps: see `prefetch`. validate(): see `evaluate`.
     baseline: that of word frequencies. done: {"step", "tokens"} of the run so far.
     Returns the last line of the log, a dict, and the signal that stopped the run, or 0.
     """
@@ -295,11 +293,14 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
     pending = []                                # (loss, gradient norm) of the steps since the last log line
     clock = time.time()
 
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(stop_signals())
-        vote = stack.enter_context(stop_vote(signals))
-        stack.enter_context(contextlib.closing(steps))
-        bar = stack.enter_context(progress_bar(args.max_iters, done["step"]))
+    def save_now():
+        if stop:
+            say(f"stopping: saving step {step} ...{patience()}")
+        in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
+        return step
+
+    bar = progress_bar(args.max_iters, done["step"])
+    with stop_vote() as vote, contextlib.closing(steps), bar as bar:
         for step, batches in steps:
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
@@ -312,14 +313,15 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
             stop = vote()
             final = step == args.max_iters
             validates = final or step % args.eval_interval == 0
-            saves = final or stop or step % args.save_interval == 0
-            logs = validates or saves or step % args.log_interval == 0
+            saves = final or step % args.save_interval == 0
+            logs = validates or saves or stop or step % args.log_interval == 0
             if not logs:
                 continue
 
             # Log
             numbers = all_reduce(torch.stack(pending)).cpu()    # (steps, 2), host-device sync
-            check_finite(numbers, model if saves else None, step, saved)
+            may_save = validates or saves or stop
+            check_finite(numbers, model if may_save else None, step, saved)
             seconds = time.time() - clock
             line = {"step": step, "tokens": tokens, "train_loss": numbers[:, 0].mean().item(),
                     "grad_norm": numbers[-1, 1].item(), "lr": optimizers[0].param_groups[0]["lr"],
@@ -328,66 +330,27 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
                 line["mfu"] = len(pending) * step_flops / seconds / peak
             show_speed(bar, line)
 
-            # Validate
+            # Validate. A stop saves first: torchrun kills 30 s after SIGTERM
             if validates:
-                line["val_loss"] = validate()
+                for val_loss in validate():
+                    stop = stop or vote()
+                    if stop and saved < step:
+                        saved = save_now()
+                line["val_loss"] = val_loss
                 line["word_frequencies"] = baseline
                 say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}"
                     f"{beside(baseline)}")
 
             # Save
-            if stop:
-                say(f"stopping: saving step {step} ...{patience()}")
-            in_first_process(lambda: append_line(os.path.join(args.out_dir, "log.jsonl"), line))
-            if saves:
-                in_first_process(lambda: save_checkpoint(args.out_dir, model, optimizers, step, tokens))
-                saved = step
+            in_first_process(lambda: log(args.out_dir, line))
+            if (saves or stop) and saved < step:
+                saved = save_now()
             if stop and not final:
                 say(f"stopped at step {step} and saved; resume with: {resume_command(args)}")
                 break
             pending = []
             clock = time.time()
     return line, stop
-
-
-def show_speed(bar, line):
-    """Loss and speed behind the progress bar."""
-    text = f"loss {line['train_loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s"
-    if "mfu" in line:
-        text += f", MFU {line['mfu']:.0%}"
-    with output_may_close():
-        bar.set_postfix_str(text)
-
-
-def append_line(path, line):
-    """Append a JSON object as a line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def check_finite(numbers, model, step, saved):
-    """End the run, exit code 1, if a loss or gradient norm (steps, 2) or a weight is not finite."""
-    steps_ok = numbers.isfinite().all(dim=1)                                # (steps,)
-    weights_ok = model is None or all(p.isfinite().all() for p in model.parameters())
-    if steps_ok.all() and weights_ok:
-        return
-    bad = step
-    if not steps_ok.all():
-        bad = step - len(numbers) + 1 + int(steps_ok.int().argmin())        # the first one
-    kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-    say(f"error: loss, gradient or weights not finite at step {bad}; {kept}")
-    leave_together()
-    sys.exit(1)
-
-
-def say_passes(args, done, train_tokens):
-    """How often the run goes over its training tokens: the more often, the more it learns them by heart."""
-    tokens = done["tokens"] + (args.max_iters - done["step"]) * args.batch_tokens
-    passes = tokens / train_tokens
-    say(f"{args.max_iters} updates are {passes:.2g} passes over {train_tokens:,} training tokens")
-    if passes > MOST_PASSES:
-        say(f"warning: more than {MOST_PASSES} passes. Watch the validation loss: it may rise while the "
-            "training loss falls, for ar first. Fewer --max_iters or more text help")
 
 # -----------------------------------------------------------------------------
 # The end of a run: its loss, and what the model was trained for
@@ -424,67 +387,6 @@ def beside(baseline):
     return "" if baseline is None else f" (word frequencies alone: {baseline:.4f})"
 
 
-def demonstration(model, encoding, shards, masked):
-    """Text that shows what the model was trained for, from the same prompts for every objective.
-
-    A masked model fills in three lines of validation text of which half of the tokens are masked, and
-    continues the beginning of the first. A causal one continues the beginnings of the first two.
-    """
-    lines = example_lines(encoding, shards[0], model.config.block_size)
-    text = []
-    if masked:
-        shown, filled = half_masked(model, encoding, "\n".join(lines))
-        text += ["--- validation text with half of its tokens masked", shown,
-                 "--- filled in by the model", filled]
-
-    generator = torch.Generator().manual_seed(0)
-    for line in lines[:1 if masked else 2]:
-        words = line.split(" ")
-        prompt = " ".join(words[:math.ceil(len(words) / 2)])                # never ends in a space
-        ids = encoding.encode_ordinary(prompt)[:model.config.block_size - 1]
-        length = min(32, model.config.block_size - len(ids))
-        ids = generate(model, ids, length, temperature=0.8, generator=generator)
-        text += [f"--- {prompt!r} continued by the model", encoding.decode(ids)]
-    return "\n".join(text)
-
-
-def half_masked(model, encoding, text):
-    """Mask every token of a text with probability 1/2 and let the model fill them in.
-
-    Returns the text with `_` in place of the characters of masked tokens, and the filled one. Tokens that
-    hold a line's end stay, so that the two can be compared line by line.
-    """
-    ids = encoding.encode_ordinary(text)[:model.config.block_size]
-    pieces = [encoding.decode([token]) for token in ids]
-    free = [i for i, piece in enumerate(pieces) if "\n" not in piece]
-    masked = np.random.default_rng(0).permutation(free)[:math.ceil(len(free) / 2)]
-
-    hidden = np.array(ids)
-    hidden[masked] = model.config.mask_token
-    filled = fill(model, hidden.tolist(), partial(draw, temperature=0.0), order="confidence")
-    for i in masked:
-        shown = r"\S" if pieces[i].strip() else r"."                        # a masked space shows, too
-        pieces[i] = re.sub(shown, "_", pieces[i])
-    return "".join(pieces), encoding.decode(filled)
-
-
-def example_lines(encoding, ids, block_size, n=3):
-    """n successive lines of text from the beginning of validation ids (n_ids,), none longer than 72 characters.
-
-    Text without such lines (one long line, short ones only) is cut into pieces of 48 characters.
-    """
-    ids = [token for token in ids[:50_000].tolist() if token != encoding.eot_token]
-    text = encoding.decode(ids)
-    lines = [line.strip() for line in text.splitlines()]
-    for i in range(len(lines) - n):
-        chosen = lines[i:i + n]
-        short = len(encoding.encode_ordinary("\n".join(chosen))) <= block_size
-        if short and all(24 <= len(line) <= 72 and " " in line for line in chosen):
-            return chosen
-    text = " ".join(text.split())
-    return [text[48 * i:48 * (i + 1)].strip() or "..." for i in range(n)]
-
-# =============================================================================
 # Behind the scenes: processes, the run's folder, signals, compilation
 # =============================================================================
 
@@ -586,10 +488,12 @@ def load_data(args):
         data.prepare("stdlib", data_dir=args.data_dir)
     if dist.is_initialized():
         dist.barrier()
-    loaded = data.load(args.dataset, args.data_dir)
+    meta, shards = data.load(args.dataset, args.data_dir)
+    if args.train_tokens:
+        shards["train"] = data.few(shards["train"], args.train_tokens)
     if args.resume:
         check_dataset(args, folder)
-    return loaded
+    return meta, shards
 
 
 def check_dataset(args, folder):
@@ -802,11 +706,11 @@ def compiled(model, batch):
     return fast
 
 
+=======
 def main(argv=None):
-    show_any_character()
-    args = parse_args(argv)
-    reuse_memory()
-    with one_line_errors(DataError, OSError):
+    with one_line_stop(), one_line_errors(DataError, OSError):
+        args = parse_args(argv)
+        reuse_memory()
         train(args)
 
 

@@ -104,7 +104,6 @@ def test_causal_is_the_loop_over_prefixes():
     np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)
 
 
-@pytest.mark.exercise7
 @pytest.mark.parametrize("suffix, masks_after", [("full", lambda k: 9 - k), ("one", lambda k: 1),
                                                  ("matched", lambda k: min(9 - k, 4))])  # round(0.4 * 9) = 4
 def test_masked_left_to_right_is_the_loop_over_prompts(suffix, masks_after):
@@ -118,7 +117,6 @@ def test_masked_left_to_right_is_the_loop_over_prompts(suffix, masks_after):
     np.testing.assert_allclose(result["all"], want.mean(axis=1), rtol=1e-4)  # samples >= T - 1: all lengths
 
 
-@pytest.mark.exercise7
 def test_matched_takes_the_masks_of_the_objective():
     """vlm was trained with up to mask_range[1] * T masks:
     with the default range `matched` is `full`, with less not.
@@ -134,8 +132,7 @@ def test_matched_takes_the_masks_of_the_objective():
 
 
 @pytest.mark.parametrize("causal, suffix", [
-    (True, "full"), *(pytest.param(False, suffix, marks=pytest.mark.exercise7)
-                      for suffix in ("full", "one", "matched"))])
+    (True, "full"), (False, "full"), (False, "one"), (False, "matched")])
 def test_left_to_right_probabilities_of_all_texts_sum_to_one(causal, suffix):
     """Given the first token; so padded ids and the mask token, which this model favours,
     have no probability.
