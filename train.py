@@ -706,7 +706,6 @@ def compiled(model, batch):
     return fast
 
 
-=======
 def main(argv=None):
     with one_line_stop(), one_line_errors(DataError, OSError):
         args = parse_args(argv)
