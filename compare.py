@@ -166,7 +166,8 @@ def make_runs(settings, args):
 # -----------------------------------------------------------------------------
 # What is left to do. A run belongs to its code, data and flags, a result to the weights
 
-EVALUATION_CODE = ["eval_ppl.py", "texts.py", "eval_glue.py", "glue_data.py", "probe.py", "spectrum.py"]
+EVALUATION_CODE = ["eval_ppl.py", "texts.py", "eval_glue.py", "features.py", "probe.py", "finetune.py",
+                   "glue_data.py", "spectrum.py"]
 
 # Flags that do not change what a run learns
 FREE = ["out_dir", "data_dir", "resume", "overwrite", "device", "compile", "save_interval", "log_interval"]
