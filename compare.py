@@ -70,12 +70,7 @@ def compare(args):
     save(args, results, tests, differences)
 
     # Show
-    if args.eval_ppl != "none" or args.eval_glue != "none":
-        print(f"\nmean over seeds {args.seeds} [least, greatest]; probes in percent; word frequencies alone "
-              "on the tokens that a setting is scored on (of masked models a sample)\n")
-        print(report.table(results))
-    if differences:
-        print(f"\n{report.RULE}\n\n{report.difference_table(differences)}")
+    report.show(results, differences)
     if args.plot:
         report.plot(results, tests, args.plot)
     if args.curves:
@@ -171,7 +166,7 @@ def make_runs(settings, args):
 # What is left to do. A run belongs to its code, data and flags, a result to the weights
 
 EVALUATION_CODE = ["eval_ppl.py", "texts.py", "eval_glue.py", "features.py", "probe.py", "finetune.py",
-                   "glue_data.py"]
+                   "glue_data.py", "spectrum.py", "cooccurrence.py"]
 
 # Flags that do not change what a run learns
 FREE = ["out_dir", "data_dir", "resume", "overwrite", "device", "compile", "save_interval", "log_interval"]
@@ -198,6 +193,8 @@ def evaluations(run, args):
             commands.append([*command, "--suffix", "matched"])
     if args.eval_glue != "none":
         commands.append(["eval_glue.py", *checkpoint, *shlex.split(args.eval_glue)])
+    if args.spectrum != "none":
+        commands.append(["spectrum.py", *checkpoint, *shlex.split(args.spectrum)])
     return commands
 
 
@@ -279,7 +276,7 @@ def finished(words, run, weights):
     command = shlex.join(["python", *words])
     if read_finished(run).get(command) != [weights, source_digests(EVALUATION_CODE)]:
         return None
-    for path in sorted(run.folder.glob("eval_*.json")):
+    for path in [*sorted(run.folder.glob("eval_*.json")), run.folder / "spectrum.json"]:
         result = read_result(path, weights)
         if result and result["command"] == command:
             return result
@@ -402,10 +399,10 @@ def collect(run, args, tests):
         result = finished(words, run, weights)
         if result is None:
             raise ValueError(f"{run.folder}: no result of: python {shlex.join(words)}")
-        read = report.perplexities if words[0] == "eval_ppl.py" else report.probes
-        measurements |= read(result, tests)
+        measurements |= report.READERS[words[0]](result, tests)
     return {"folder": str(run.folder), "step": state["step"], "weights": weights,
-            "dataset": config.get("dataset"), "measurements": measurements}
+            "dataset": config.get("dataset"), "measurements": measurements,
+            "curve": report.read_curve(run.folder / "log.jsonl")}
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -426,6 +423,8 @@ def build_parser():
                    help="flags of eval_ppl.py, in quotes; none leaves it out")
     p.add_argument("--eval_glue", default="--tasks stdlib", metavar="FLAGS",
                    help="flags of eval_glue.py, in quotes; none leaves it out")
+    p.add_argument("--spectrum", default="none", metavar="FLAGS",
+                   help='flags of spectrum.py, in quotes ("" for its defaults); none leaves it out')
     p.add_argument("--jobs", type=int, default=1, help="runs in parallel; on a CPU they share the cores")
     p.add_argument("--out_dir", default="out/compare", help="a folder for each run, and compare.json")
     p.add_argument("--overwrite", action="store_true",
@@ -459,7 +458,7 @@ def join_quoted(words):
     """argparse would take the value in `--eval_ppl "--val"` for a flag of ours: --eval_ppl=--val is safe."""
     out = []
     for word in words:
-        if out and out[-1] in ("--train", "--eval_ppl", "--eval_glue"):
+        if out and out[-1] in ("--train", "--eval_ppl", "--eval_glue", "--spectrum"):
             out[-1] += f"={word}"
         else:
             out.append(word)

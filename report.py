@@ -1,6 +1,9 @@
 """
 From the results of runs to differences, errors, tables and figures: what compare.py does with its numbers.
 
+    python report.py results/objectives.json                    # the tables of a finished comparison
+    python report.py results/objectives.json --against ar mlm --rows "perplexity" --plot claims.png
+
     runs    {setting: {seed: run}}, and run["measurements"] is {measurement: numbers}, as in compare.json
     tests   {name: contents} of the test sets, which the measurements refer to
 
@@ -15,6 +18,7 @@ RULE below says when such a difference is called shown. Why Student's t in it an
 seeds is itself uncertain. With 2, pure noise between seeds would pass in 18 % of all cases; with t in 5 %.
 That holds per row: of 40 rows without any difference, two may pass.
 """
+import argparse
 import hashlib
 import json
 import math
@@ -23,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import save_figure
+from common import DataError, Help, check_plot, one_line_errors, save_figure
 from glue_data import METRICS
 
 RULE = """\
@@ -52,17 +56,18 @@ def errors(pairs):
     """The difference of two settings with both errors and the verdict, as a dict.
 
     pairs: [(a, b)] of arrays (1 + RESAMPLES,), one pair per seed. "se_seeds" is None with one seed; then
-    "shown" is None too, as nothing can be said.
+    "shown" is None too, as nothing can be said. Arrays (1,), of what has no resamples: "se_test" is None.
     """
-    differences = np.array([a - b for a, b in pairs])       # (seeds, 1 + RESAMPLES)
+    differences = np.array([a - b for a, b in pairs])       # (seeds, 1 + RESAMPLES), or (seeds, 1)
     by_seed = differences[:, 0]
     mean = float(by_seed.mean())
-    se_test = float(differences.mean(axis=0)[1:].std(ddof=1))
+    resamples = differences.mean(axis=0)[1:]
+    se_test = float(resamples.std(ddof=1)) if len(resamples) else None
     se_seeds = None
     shown = None
     if len(pairs) > 1:
         se_seeds = float(by_seed.std(ddof=1) / math.sqrt(len(pairs)))
-        shown = is_shown(by_seed, se_test)
+        shown = is_shown(by_seed, se_test or 0)
     return {"mean": mean, "by_seed": by_seed.tolist(), "se_seeds": se_seeds, "se_test": se_test,
             "shown": shown}
 
@@ -194,6 +199,8 @@ def resample_run(run, tests):
             out[name] = resample_probe(measured, tests[measured["test"]])
         elif "minus" in measured:                   # a gain: model less embeddings, on the same resamples
             out[name] = out[measured["of"]] - out[measured["minus"]]
+        elif name.startswith(SPECTRUM):             # the same contexts for all runs: not resampled
+            out[name] = np.log([measured["value"]])
     return out
 
 # -----------------------------------------------------------------------------
@@ -201,6 +208,7 @@ def resample_run(run, tests):
 
 MATCHED = ", masks as in training"
 UNIGRAM = "perplexity, word frequencies alone"
+SPECTRUM = "spectrum: "
 BASELINES = {"embeddings": "its input embeddings", "untrained": "before training"}
 
 
@@ -244,6 +252,33 @@ def probes(result, tests):
     return out
 
 
+def spectra(result, tests):
+    """The measurements in a result of spectrum.py: positive numbers, compared by their ratio."""
+    test = f"{result['contexts']} contexts, seed {result['seed']}"
+    values = {"chi2": result["chi2"], "chi2, extrapolated": result["chi2_limit"],
+              "mean hitting time": result["hitting"], "effective rank": result.get("effective_rank")}
+    for i in (2, 16, 128):
+        if i <= len(result["singular_values"]):
+            values[f"s_{i}"] = result["singular_values"][i - 1]
+    return {SPECTRUM + name: {"value": value, "test": test} for name, value in values.items() if value}
+
+
+READERS = {"eval_ppl.py": perplexities, "eval_glue.py": probes, "spectrum.py": spectra}
+
+
+def read_curve(path):
+    """[(tokens, validation loss), ...] of a run, from its log.jsonl. Damaged lines are left out."""
+    curve = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if "val_loss" in line:
+            curve.append((line["tokens"], line["val_loss"]))
+    return curve
+
+
 def probe_name(row):
     """Whatever makes two rows of one task differ: "RTE, accuracy, mean, layer 2, 500 examples"."""
     parts = [row["task"], row["metric"], row["pool"]]
@@ -273,27 +308,39 @@ def all_runs(runs):
 # -----------------------------------------------------------------------------
 # Tables, in Markdown
 
-def table(runs):
-    """One column per setting: mean over the seeds [least, greatest]."""
+def show(runs, differences, rows=""):
+    """Print both tables. rows: a regular expression, only the measurements that it finds."""
+    seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
+    print(f"\nmean over seeds {seeds} [least, greatest]; probes in percent; word frequencies alone on the "
+          "tokens that a setting is scored on (of masked models a sample)\n")
+    print(table(runs, rows))
+    wanted = [found for found in differences if re.search(rows, found["measurement"])]
+    if wanted:
+        print(f"\n{RULE}\n\n{difference_table(wanted)}")
+
+
+def table(runs, rows=""):
+    """One column per setting: mean over the seeds [least, greatest]. rows: see `show`."""
     names = {}                                      # a set that keeps the order
     for run in all_runs(runs):
-        names |= dict.fromkeys(run["measurements"])
+        names |= dict.fromkeys(name for name in run["measurements"] if re.search(rows, name))
 
-    rows = [["", *runs]]
+    lines = [["", *runs]]
     for name in names:
         row = [name]
         for by_seed in runs.values():
             found = [run["measurements"].get(name) for run in by_seed.values()]
             values = [measured["value"] for measured in found if measured]
-            row.append(spread(values) if values else "-")
-        rows.append(row)
-    return markdown(rows)
+            digits = 3 if name.startswith(f"{SPECTRUM}s_") else 1
+            row.append(spread(values, digits) if values else "-")
+        lines.append(row)
+    return markdown(lines)
 
 
-def spread(values):
+def spread(values, digits=1):
     """Mean [least, greatest], with as many digits as make sense."""
     mean = np.mean(values)
-    return with_range(mean, min(values), max(values), digits=0 if mean >= 100 else 1)
+    return with_range(mean, min(values), max(values), digits=0 if mean >= 100 else digits)
 
 
 def with_range(mean, least, greatest, digits):
@@ -309,9 +356,9 @@ def difference_table(differences):
         least = min(found["by_seed"])
         greatest = max(found["by_seed"])
 
-        # Nats become a ratio, points stay points
+        # Logarithms become a ratio, points stay points
         sign, unit, digits, scale = "-", "points", 1, 1.0
-        if found["measurement"].startswith("perplexity"):
+        if found["measurement"].startswith(("perplexity", SPECTRUM)):
             sign, unit, digits = "/", "ratio", 3
             mean, least, greatest = np.exp([mean, least, greatest])
             scale = mean                            # of an error: d exp(x) = exp(x) dx
@@ -432,15 +479,8 @@ def perplexity_points(run):
 
 
 def loss_points(run):
-    """Yield (million tokens, validation loss) of a run, from its log.jsonl. Damaged lines are left out."""
-    log = Path(run["folder"], "log.jsonl").read_text(encoding="utf-8")
-    for text in log.splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if "val_loss" in line:
-            yield line["tokens"] / 1e6, line["val_loss"]
+    """(million tokens, validation loss) of a run, a list."""
+    return [(tokens / 1e6, loss) for tokens, loss in run["curve"]]
 
 
 def without_context(runs):
@@ -480,13 +520,15 @@ def label_ends(axes, ends):
 
 
 def plot_gains(runs, tests, axes):
-    # {measurement: name below the axis}
+    # {measurement: name below the axis}. The leading directions only where there is nothing else
     names = {}
     for run in all_runs(runs):
         for name, measured in run["measurements"].items():
             if "minus" in measured:
-                short = name.split(": gain")[0].replace(", accuracy", "")
+                short = name.split(": gain")[0].replace(", accuracy", "").replace("stdlib-", "")
                 names[name] = short.replace(", ", "\n")
+    whole = {name: short for name, short in names.items() if "directions" not in name}
+    names = whole or names
 
     for i, (setting, by_seed) in enumerate(runs.items()):
         samples = [resample_run(run, tests) for run in by_seed.values()]
@@ -508,9 +550,64 @@ def plot_gains(runs, tests, axes):
 
     axes.spines[["top", "right"]].set_visible(False)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(names)), names.values())
+    axes.set_xticks(range(len(names)), names.values(), fontsize=9)
     axes.set(ylabel="points above its input embeddings",
              title="Linear probes (higher is better)")
     if names:
         axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                            frameon=False)
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def build_parser():
+    p = argparse.ArgumentParser(description="The tables and figures of a finished comparison.",
+                                formatter_class=Help)
+    p.add_argument("file", help="compare.json of a comparison, or a file in results/")
+    p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
+    p.add_argument("--against", nargs="+", metavar="SETTING",
+                   help="settings that the others are compared with (default: the first)")
+    p.add_argument("--rows", default="", metavar="REGEX", help="only measurements whose names match")
+    p.add_argument("--plot", metavar="FILE", help="draw perplexity by prompt length and probe gains")
+    p.add_argument("--curves", metavar="FILE", help="draw validation loss by tokens seen")
+    return p
+
+
+def read(path, settings):
+    """(runs, tests) of a comparison, only these settings. Raises DataError."""
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        runs = contents["runs"]
+        tests = contents["tests"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} was not written by compare.py: {error!r}") from None
+    missing = [name for name in settings or [] if name not in runs]
+    if missing:
+        raise DataError(f"{path} has no setting {missing[0]!r}, only: {', '.join(runs)}")
+    return {name: runs[name] for name in settings or runs}, tests
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    with one_line_errors():
+        check_plot(args.plot)
+        check_plot(args.curves)
+        runs, tests = read(args.file, args.runs)
+        against = args.against or list(runs)[:1]
+        unknown = [name for name in against if name not in runs]
+        if unknown:
+            raise DataError(f"--against {unknown[0]!r} is not one of: {', '.join(runs)}")
+        try:
+            re.compile(args.rows)
+        except re.error as error:
+            raise DataError(f"--rows {args.rows!r} is not a regular expression: {error}") from None
+
+        show(runs, find_differences(runs, tests, against), args.rows)
+        if args.plot:
+            plot(runs, tests, args.plot)
+        if args.curves:
+            plot_curves(runs, args.curves)
+
+
+if __name__ == "__main__":
+    main()

@@ -235,7 +235,8 @@ class Scripts:
         if len(self.commands) == self.stop_after:
             raise ValueError("stopped here")
         self.commands.append(" ".join(words))
-        play = {"train.py": self.train, "eval_ppl.py": self.eval_ppl, "eval_glue.py": self.eval_glue}
+        play = {"train.py": self.train, "eval_ppl.py": self.eval_ppl, "eval_glue.py": self.eval_glue,
+                "spectrum.py": self.spectrum}
         play[words[0]](words)
 
     def train(self, words):
@@ -297,6 +298,12 @@ class Scripts:
         common.write_result(folder / "eval_glue.json",
                             {**head, "results": rows,
                              "tests": {"stdlib-pair": {"labels": "0010", "groups": [0, 0, 1, 2]}}})
+
+    def spectrum(self, words):
+        folder, head, level = self.loaded(words)
+        common.write_result(folder / "spectrum.json",
+                            {**head, "contexts": 8192, "seed": 0, "chi2": 100 * level, "chi2_limit": 110 * level,
+                             "hitting": None, "singular_values": [1.0, level, level / 2]})
 
 
 @pytest.fixture
@@ -538,12 +545,11 @@ def test_figures_of_what_there_is(scripts, words):
 
 def test_figures_where_one_setting_lacks_a_measurement(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    (tmp_path / "log.jsonl").write_text("{}\n")
     probe = {"test": "t", "metric": "accuracy", "predictions": "0110"}
     measured = {"perplexity after 3": perplexity(40.0), "t": probe, "t: e": {**probe, "baseline": True},
                 "t: gain over e": {"test": "t", "of": "t", "minus": "t: e"}}
-    runs = {"ar": {"0": {"folder": tmp_path, "measurements": measured}},
-            "mlm": {"0": {"folder": tmp_path, "measurements": {}}}}
+    runs = {"ar": {"0": {"measurements": measured, "curve": [[1000, 5.0]]}},
+            "mlm": {"0": {"measurements": {}, "curve": []}}}
     left, right = figure.subplots(1, 2)
     report.plot_perplexity(runs, left)
     report.plot_gains(runs, {"t": {"labels": "0101", "groups": None}}, right)
@@ -604,7 +610,7 @@ def test_sources_are_what_training_imports():
 
 def test_evaluation_code_is_what_evaluations_import():
     """A number counts as finished for the code that measured it: no file of it may be forgotten."""
-    found = {"eval_ppl.py", "eval_glue.py"}
+    found = {"eval_ppl.py", "eval_glue.py", "spectrum.py"}
     new = set(found)
     while new:
         new = set().union(*(imports(name) for name in new)) - found
