@@ -35,7 +35,7 @@ from typing import NamedTuple
 import flags
 import objectives
 import report
-from common import (Help, as_json, check_plot, file_sha256, one_line_errors, read_checkpoint, read_result,
+from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, read_checkpoint, read_result,
                     source_digests, weights_digest, write_atomically, write_json)
 from objectives import OBJECTIVES
 
@@ -408,7 +408,7 @@ def collect(run, args, tests):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--runs", nargs="+", default=list(OBJECTIVES), metavar="SETTING",
                    help="an objective and flags of train.py, each setting in quotes")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],

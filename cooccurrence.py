@@ -17,7 +17,6 @@ the claim fails is printed beside it. spectrum.py measures the same singular val
     python cooccurrence.py --part 3                 # one of them
     python cooccurrence.py --plot theory.png        # all of them, and a figure (needs matplotlib)
 """
-import argparse
 import math
 import os
 from itertools import combinations
@@ -26,7 +25,7 @@ if __name__ == "__main__":              # small matrices: threads would only wai
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
 
-from common import Help, check_plot, one_line_errors, save_figure
+from common import Parser, check_plot, one_line_errors, save_figure
 
 # -----------------------------------------------------------------------------
 # The language, and the objectives as lists of (visible positions S, target position j, probability)
@@ -594,8 +593,7 @@ PARTS = {"Objectives as matrices": part1,
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description="The paper's theory on a toy language.",
-                                     formatter_class=Help)
+    parser = Parser("The paper's theory on a toy language.")
     parser.add_argument("--part", type=int, choices=range(1, 6), help="run only this part")
     parser.add_argument("--plot", metavar="FILE",
                         help="also draw a figure of three panels (needs matplotlib)")

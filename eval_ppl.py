@@ -28,7 +28,6 @@ lm-eval, for one, detokenises WikiText first (3.27 bits per byte where ours are 
 All numbers, with sums per document, go to CHECKPOINT/eval_ppl_TEXT_METHOD.json, or below --results DIR. TEXT is
 wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may end in -one or -matched.
 """
-import argparse
 import math
 import shlex
 import sys
@@ -46,7 +45,7 @@ from tqdm import tqdm
 import data
 import texts
 import tokenizer
-from common import (DataError, Help, add_device_flags, align, check_plot, load_checkpoint, one_line_errors,
+from common import (DataError, Parser, add_device_flags, align, check_plot, load_checkpoint, one_line_errors,
                     pick_device, pick_dtype, result_path, save_figure, show_any_character, write_result)
 from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
@@ -599,7 +598,7 @@ def plot(reports, path):
 
 def build_parser():
     windows = [f"{method.windows} for {name}" for name, method in METHODS.items()]
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--checkpoint", nargs="+", required=True,
                    help="one or several folders written by train.py")
     p.add_argument("--method", choices=METHODS, default="left-to-right",

@@ -18,7 +18,6 @@ RULE below says when such a difference is called shown. Why Student's t in it an
 seeds is itself uncertain. With 2, pure noise between seeds would pass in 18 % of all cases; with t in 5 %.
 That holds per row: of 40 rows without any difference, two may pass.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import DataError, Help, check_plot, one_line_errors, save_figure
+from common import DataError, Parser, check_plot, one_line_errors, save_figure
 from glue_data import METRICS
 
 RULE = """\
@@ -561,8 +560,7 @@ def plot_gains(runs, tests, axes):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description="The tables and figures of a finished comparison.",
-                                formatter_class=Help)
+    p = Parser("The tables and figures of a finished comparison.")
     p.add_argument("file", help="compare.json of a comparison, or a file in results/")
     p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
     p.add_argument("--against", nargs="+", metavar="SETTING",
