@@ -26,6 +26,7 @@ import documents
 import tokenizer as tokenization
 from documents import zstd
 from common import DataError
+from dev import overlap
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -287,7 +288,8 @@ def test_bpe_is_trained_on_the_training_split_of_every_source(tmp_path, monkeypa
     texts = [" ".join(str(i * j) for j in range(20)) for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "b.jsonl", texts[::-1])
-    sample = "".join(documents.vocabulary_text([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 0.5))
+    half = documents.Split(0.5)
+    sample = "".join(documents.vocabulary_text([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], half))
     train = [text for text in texts if not documents.document_is_val(text, 0.5)]
     assert sample == "".join(train)[:1000] + "".join(train[::-1])[:1000]
 
@@ -596,7 +598,7 @@ def test_bad_lines_are_named_counted_and_left_out(tmp_path, monkeypatch, capsys)
     for i, (line, (_, reason)) in enumerate(zip(err[:5], bad)):
         assert line.startswith(f"skipped {tmp_path}/a.jsonl:{3 * i + 4}: {reason}")
     report = []
-    assert list(documents.pieces([str(tmp_path / "a.jsonl")], 0.5, report.append)) and len(report) == 10
+    assert list(documents.pieces([str(tmp_path / "a.jsonl")], documents.Split(0.5), report.append)) and len(report) == 10
     assert all(reason in str(error) and "\n" not in str(error) for error, (_, reason) in zip(report, bad))
     assert meta["skipped"] == 10 and sum(split["documents"] for split in meta["splits"].values()) == 30
 
@@ -637,12 +639,15 @@ def test_byte_order_marks_are_read(tmp_path, monkeypatch, encoding, mark, suffix
 
 
 @pytest.mark.parametrize("content, message", [
-    (FRENCH.encode("latin-1"), r":1: invalid UTF-8: byte 0xe9 \('é' in Latin-1, which this probably is\): cat"),
+    (FRENCH.encode("latin-1"), r":1: invalid UTF-8: byte 0xe9 \('é' in Latin-1 or Windows-1252, which this probably is\): cat"),
     ("plain\nplain caf\xe9".encode("latin-1") + b" and more", r":2: invalid UTF-8: byte 0xe9"),
     ("plain\n".encode("utf-16-le") * 9, "looks like UTF-16-LE without a byte order mark: cat"),
     ("plain\n".encode("utf-16-be") * 9, "looks like UTF-16-BE without a byte order mark: cat"),
     (FRENCH.encode("utf-16") + b"x", ":19: invalid UTF-16-LE: truncated data"),
     ("é\né".encode() + b"\xe9t", ":2: invalid UTF-8: "),                        # damaged, not Latin-1
+    ("“Un été”\n".encode("windows-1252") * 9, r":1: .* byte 0x93 \('“' in Latin-1 or Windows-1252"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "is not a text file: it holds zero"),
+    (bytes(1000), "is not a text file: it is full of zero bytes"),
 ])
 def test_other_encodings_are_named(tmp_path, capsys, content, message):
     path = tmp_path / "it's mine.txt"
@@ -656,7 +661,7 @@ def test_other_encodings_are_named(tmp_path, capsys, content, message):
         command = str(error.value).partition(": cat ")[2].replace("utf8.txt", "b.txt")
         subprocess.run(f"cat {command}", shell=True, check=True, cwd=tmp_path)
         text = documents.read_text(tmp_path / "b.txt")
-        assert text.startswith(("Un été", "plain"))
+        assert text.startswith(("Un été", "“Un été”", "plain"))
 
 
 def test_jsonl_in_other_encodings(tmp_path):
@@ -666,7 +671,7 @@ def test_jsonl_in_other_encodings(tmp_path):
         list(documents.documents(str(tmp_path / "a.jsonl")))
     (tmp_path / "a.jsonl").write_bytes(line.encode("latin-1") + line.encode())
     bad, good = documents.documents(str(tmp_path / "a.jsonl"))
-    assert "a.jsonl:1: invalid UTF-8: byte 0xe9 ('é' in Latin-1" in str(bad) and good == ["un été"]
+    assert "a.jsonl:1: invalid UTF-8: byte 0xe9 ('é' in Latin-1 or" in str(bad) and good == ["un été"]
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:300", pytest.param("gpt2", marks=needs_shared)])
@@ -926,7 +931,7 @@ def test_message_names_the_split_that_is_too_short(split):
 
 def naive_overlap(train, val, eot):
     """The definition, with tuples."""
-    n = data.GRAM
+    n = overlap.GRAM
     known = {tuple(train[i:i + n]) for i in range(len(train) - n + 1)}
     copied = [False] * len(val)
     for i in range(len(val) - n + 1):
@@ -953,7 +958,7 @@ def test_overlap_is_the_naive_one(last):
     val[[99, 112]] = (train[[19, 32]] + 1) % 5
     val[150:180] = train[:30]
     val[[35, 75, last]] = eot                                   # the last document: complete, or cut
-    found = data.overlap(train.astype(np.uint16), val.astype(np.uint16), eot)
+    found = overlap.overlap(train.astype(np.uint16), val.astype(np.uint16), eot)
     want = naive_overlap(train.tolist(), val.tolist(), eot)
     assert [part.tolist() for part in found] == want
     assert [sum(part) for part in want][:3] == [15, 14, 43]
@@ -968,7 +973,7 @@ def test_overlap_names_the_copies(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", texts + copies)
     prepare_small([tmp_path / "a.jsonl"], tmp_path, tokenizer="bytes")
     capsys.readouterr()
-    data.main(["--dataset", "x", "--data_dir", str(tmp_path), "--overlap"])
+    overlap.main(["--dataset", "x", "--data_dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert re.search(r"share +tokens +document\n9\d\.\d% +\d+  'copy \d", out)
     assert re.search(r"documents with more than 50%: 1 \(", out)
@@ -1004,7 +1009,7 @@ def test_stdlib(stdlib):
 def test_stdlib_has_no_twins_across_the_split(stdlib, capsys):
     """Without encodings 7 % of the tokens of val are in runs of 13 that also occur in train (English text:
     7 % too), with encodings it was 20 %."""
-    data.print_overlap("stdlib", stdlib)
+    overlap.print_overlap("stdlib", stdlib)
     out = capsys.readouterr().out
     share = float(re.search(r"all \d+ documents: ([\d.]+)% of the tokens", out)[1])
     copied = float(re.search(r"more than 50%: .* with ([\d.]+)% of the tokens", out)[1])
