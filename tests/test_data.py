@@ -270,6 +270,20 @@ def test_bytes_do_not_depend_on_the_cores(tmp_path, monkeypatch, corpus):
     assert files_of(tmp_path / "1/x") == files_of(tmp_path / "7/x")
 
 
+@pytest.mark.parametrize("sizes", [[1] * 25, [9, 1, 9, 1], [10, 10], [11], [0, 35, 0, 5, 0]])
+def test_every_shard_but_the_last_is_full(tmp_path, sizes):
+    """However the ids arrive, also where a part ends just at, before or after the border."""
+    ids = np.arange(sum(sizes), dtype=np.uint32) % 256
+    writer = data.ShardWriter(str(tmp_path), "train", 257, shard_tokens=10)
+    for part in np.split(ids, np.cumsum(sizes)[:-1]):
+        writer.write(part)
+    writer.close()
+    lengths = [min(10, len(ids) - start) for start in range(0, len(ids), 10)]
+    assert [shard["tokens"] for shard in writer.shards] == lengths
+    assert ids_of(tmp_path, "train") == ids.tolist()
+    assert writer.counts.tolist() == np.bincount(ids, minlength=257).tolist()
+
+
 @pytest.mark.parametrize("n_vocab, dtype", [(2**16, "uint16"), (2**16 + 1, "uint32")])
 def test_dtype_holds_the_vocabulary(tmp_path, monkeypatch, n_vocab, dtype):
     tokens = [chr(i) for i in range(256)] + [chr(i) + chr(j) for i in range(256) for j in range(256)]
@@ -378,6 +392,21 @@ def test_max_tokens_of_files(tmp_path, corpus):
             assert ids == ids_of(tmp_path / "all/x", split)[:len(ids)]
     with pytest.raises(DataError, match="(train|val) has no document.*max_tokens"):
         prepare_small(corpus[0], tmp_path / "few", tokenizer="bytes", max_tokens=2)
+
+@pytest.mark.parametrize("N", range(1, 13))
+def test_first_tokens(N):
+    """Every border: tokens and bytes are those of the first N, and the document that is cut counts as one."""
+    encoding = tokenization.build_encoding({"name": "bytes"})
+    parts = [("train", [1, 2], False), ("train", [3, 256], True), ("val", [4, 256], True),
+             ("train", [5, 6, 7, 256], True)]
+    stream = [(side, np.array(ids, dtype=np.uint32), sum(i < 256 for i in ids), last)
+              for side, ids, last in parts]
+    found = list(data.first_tokens(iter(stream), N, encoding))
+    want = [(side, i) for side, ids, _ in parts for i in ids][:N]
+    assert [(side, i) for side, ids, *_ in found for i in ids.tolist()] == want
+    assert sum(size for *_, size, _ in found) == sum(i < 256 for _, i in want)
+    whole, cut = sum(i == 256 for _, i in want), want[-1][1] != 256
+    assert sum(last for *_, last in found) == whole + cut and all(len(ids) for _, ids, *_ in found)
 
 # -----------------------------------------------------------------------------
 # Interruptions and reruns
@@ -803,6 +832,49 @@ def test_load_refuses_meta(dataset, content):
         data.load("x", dataset.parent)
 
 
+def test_a_dataset_needs_its_tokenizer_and_counts(dataset, capsys):
+    """A missing tokenizer is noticed by everyone, what does not belong to the shards by --check."""
+    flags = ["--dataset", "x", "--data_dir", str(dataset.parent), "--check"]
+    tokenizer, counts = (dataset / "tokenizer.json").read_bytes(), np.load(dataset / "unigram.npy")
+    (dataset / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="tokenizer.json is damaged: it is missing. Make it again: python"):
+        data.load("x", dataset.parent)
+    tokenization.save_tokenizer("bytes", dataset)
+    data.load("x", dataset.parent)
+    assert "tokenizer.json is damaged: it does not have 280 tokens" in error_of(capsys, *flags)
+    (dataset / "tokenizer.json").write_bytes(tokenizer)
+    data.main(flags)
+    capsys.readouterr()
+    np.save(dataset / "unigram.npy", np.roll(counts, 1))
+    assert "unigram.npy is damaged: it does not count train" in error_of(capsys, *flags)
+    (dataset / "unigram.npy").unlink()
+    assert "unigram.npy does not exist" in error_of(capsys, *flags)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "x/"])
+def test_a_name_is_no_path(tmp_path, name):
+    """Not `there is no dataset, make it`, as it could not be made."""
+    for refuses in (lambda: data.load(name, tmp_path), lambda: data.prepare(name, ["a.txt"], data_dir=tmp_path)):
+        with pytest.raises(DataError, match="is not the name of a folder"):
+            refuses()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    """One line that names the place: where a file stands for the folder, and in a read-only folder."""
+    write_jsonl(tmp_path / "a.jsonl", [f"number {i}" for i in range(100)])
+    (tmp_path / "x").write_text("no folder")
+    flags = ["--dataset", "x", "--files", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--data_dir", tmp_path]
+    assert error_of(capsys, *flags).startswith(f"error: {tmp_path}/x: File exists. ")
+    assert (tmp_path / "x").read_text() == "no folder"
+
+    def refuse(path, *args, **options):
+        raise OSError(30, "Read-only file system", str(path))
+    monkeypatch.setattr("builtins.open", refuse)
+    error = error_of(capsys, *flags)
+    assert error.startswith(f"error: {tmp_path}/x.lock: Read-only file system. ")
+
+
 def test_hints_work_when_typed_in(tmp_path, capsys, monkeypatch):
     """The command in every message, run by a shell as it stands, makes the dataset that was asked for."""
     folder = tmp_path / "my sets; rm"
@@ -819,9 +891,12 @@ def test_hints_work_when_typed_in(tmp_path, capsys, monkeypatch):
     with pytest.raises(DataError, match="there is no dataset .*there is: none") as error:
         data.load("stdlib", folder)
     assert str(error.value).endswith(f"python data.py --dataset stdlib --data_dir '{folder}'")
-    with pytest.raises(DataError) as error:
-        data.load("stdlib")
-    assert str(error.value).endswith("python data.py --dataset stdlib")
+    monkeypatch.chdir(folder)
+    for same in ("data", folder / "data"):                  # the default, as train.py gives it
+        with pytest.raises(DataError) as error:
+            data.load("stdlib", same)
+        assert str(error.value).endswith("python data.py --dataset stdlib")
+    monkeypatch.undo()
 
     # The Pile, in a size that one would want
     with pytest.raises(DataError) as error:
