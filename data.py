@@ -83,7 +83,7 @@ def write_dataset(folder, sources, wanted):
     """Tokenize the sources. Returns meta.json, which is `wanted` and what is known at the end."""
     contents = [content_of(source) for source in sources]
 
-    # Which documents are for validation. A stream is long enough for the plain rule
+    # Which documents are for validation. A stream is not read for this: it is long enough for the plain rule
     split = Split(wanted["val_fraction"])
     if not any(isinstance(source, Remote) for source in sources):
         split = choose_split(sources, wanted["val_fraction"])
@@ -407,7 +407,7 @@ def one_reason(folder):
                         "Nothing incomplete is kept, only downloads") from None
 
 # -----------------------------------------------------------------------------
-# What is wanted, and what exists
+# Checks, and the command that helps where one fails
 
 def check_arguments(wanted, files, urls):
     """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
@@ -496,8 +496,9 @@ def how_to_make(name, data_dir, meta=None, overwrite=False):
         elif name != "stdlib":
             words += ["--files", "FILE.txt"]
     elif name == "pile":
-        words += ["--base_url", os.path.dirname(meta["sources"][0])]
-        words += ["--shards", *[str(int(os.path.basename(url)[:2])) for url in meta["sources"]]]
+        words += ["--base_url", os.path.dirname(meta["sources"][0]), "--shards"]
+        for url in meta["sources"]:
+            words += [os.path.basename(url).removesuffix(".jsonl.zst")]
     elif name != "stdlib":
         words += ["--files", *meta["sources"]]
 

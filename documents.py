@@ -212,8 +212,12 @@ def text_encoding(beginning):
     for mark, encoding in marks:
         if beginning.startswith(mark):
             return encoding
-    even, odd = beginning[:4096:2].count(0), beginning[1:4096:2].count(0)
-    quarter = len(beginning[:4096]) / 4
+
+    # No mark: where are the zero bytes?
+    beginning = beginning[:4096]
+    even = beginning[::2].count(0)
+    odd = beginning[1::2].count(0)
+    quarter = len(beginning) / 4
     if odd > quarter > even:
         return "utf-16-le"
     if even > quarter > odd:

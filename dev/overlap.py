@@ -1,5 +1,5 @@
 """
-How much of the validation text also stands in the training text? What a model has seen, it need not predict.
+How much of the validation text also stands in the training text? A model may remember it.
 
     python dev/overlap.py                                   # of the default corpus
     python dev/overlap.py --dataset mine --documents 50
@@ -21,7 +21,7 @@ from data import DATA_DIR, load                                     # noqa: E402
 from documents import STDLIB, document_is_val, stdlib_files         # noqa: E402
 from tokenizer import load_tokenizer                                # noqa: E402
 
-GRAM = 13               # tokens
+GRAM = 13               # tokens in a run
 
 def overlap(train, val, eot):
     """For each document of val, which of its tokens lie in a run of GRAM tokens that also occurs in train.
@@ -48,7 +48,7 @@ def split_documents(values, ids, eot):
 
 
 def gram_hashes(ids):
-    """(n - GRAM + 1,) uint64, a hash of every run of GRAM tokens: a polynomial in an odd number, modulo 2**64."""
+    """(n - GRAM + 1,) uint64, a hash of every run of GRAM tokens: a polynomial modulo 2**64."""
     ids = ids.astype(np.uint64) + np.uint64(1)
     hashes = np.zeros(max(0, len(ids) - GRAM + 1), dtype=np.uint64)
     for offset in range(GRAM):
@@ -68,15 +68,16 @@ def print_overlap(name, data_dir, shown=15):
     print("share   tokens  document")
     shares = np.array([part.mean() for part in copied])
     tokens = np.array([len(part) for part in copied])
-    for i in np.argsort(-shares, kind="stable")[:shown]:
+    order = np.argsort(-shares, kind="stable")
+    for i in order[:shown]:
         print(f"{shares[i]:5.1%} {tokens[i]:>8,}  {names[i]}")
 
     print(f"\nall {len(copied)} documents: {np.concatenate(copied).mean():.1%} of the tokens")
     for limit in (0.5, 0.2):
         above = shares > limit
-        share_of_tokens = tokens[above].sum() / tokens.sum()
-        print(f"documents with more than {limit:.0%}: {above.sum()} ({above.mean():.1%}), with "
-              f"{share_of_tokens:.1%} of the tokens")
+        documents = f"{above.sum()} ({above.mean():.1%})"
+        share = tokens[above].sum() / tokens.sum()
+        print(f"documents with more than {limit:.0%}: {documents}, with {share:.1%} of the tokens")
 
 
 def document_names(folder, meta, val):
@@ -95,7 +96,8 @@ def build_parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     p.add_argument("--dataset", default="stdlib", metavar="NAME", help="its folder in DATA_DIR")
     p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets")
-    p.add_argument("--documents", type=int, default=15, metavar="N", help="so many are shown")
+    p.add_argument("--documents", type=int, default=15, metavar="N",
+                   help="how many documents to show, those with the largest share first")
     return p
 
 

@@ -627,7 +627,8 @@ def test_bad_lines_are_named_counted_and_left_out(tmp_path, monkeypatch, capsys)
     for i, (line, (_, reason)) in enumerate(zip(err[:5], bad)):
         assert line.startswith(f"skipped {tmp_path}/a.jsonl:{3 * i + 4}: {reason}")
     report = []
-    assert list(documents.pieces([str(tmp_path / "a.jsonl")], documents.Split(0.5), report.append)) and len(report) == 10
+    half = documents.Split(0.5)
+    assert list(documents.pieces([str(tmp_path / "a.jsonl")], half, report.append)) and len(report) == 10
     assert all(reason in str(error) and "\n" not in str(error) for error, (_, reason) in zip(report, bad))
     assert meta["skipped"] == 10 and sum(split["documents"] for split in meta["splits"].values()) == 30
 
@@ -668,7 +669,8 @@ def test_byte_order_marks_are_read(tmp_path, monkeypatch, encoding, mark, suffix
 
 
 @pytest.mark.parametrize("content, message", [
-    (FRENCH.encode("latin-1"), r":1: invalid UTF-8: byte 0xe9 \('é' in Latin-1 or Windows-1252, which this probably is\): cat"),
+    (FRENCH.encode("latin-1"), r":1: invalid UTF-8: byte 0xe9 \('é' in Latin-1 or Windows-1252, "
+                               r"which this probably is\): cat"),
     ("plain\nplain caf\xe9".encode("latin-1") + b" and more", r":2: invalid UTF-8: byte 0xe9"),
     ("plain\n".encode("utf-16-le") * 9, "looks like UTF-16-LE without a byte order mark: cat"),
     ("plain\n".encode("utf-16-be") * 9, "looks like UTF-16-BE without a byte order mark: cat"),
@@ -854,9 +856,10 @@ def test_a_dataset_needs_its_tokenizer_and_counts(dataset, capsys):
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "x/"])
 def test_a_name_is_no_path(tmp_path, name):
     """Not `there is no dataset, make it`, as it could not be made."""
-    for refuses in (lambda: data.load(name, tmp_path), lambda: data.prepare(name, ["a.txt"], data_dir=tmp_path)):
-        with pytest.raises(DataError, match="is not the name of a folder"):
-            refuses()
+    with pytest.raises(DataError, match="is not the name of a folder"):
+        data.load(name, tmp_path)
+    with pytest.raises(DataError, match="is not the name of a folder"):
+        data.prepare(name, ["a.txt"], data_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
