@@ -284,6 +284,12 @@ def test_every_shard_but_the_last_is_full(tmp_path, sizes):
     assert writer.counts.tolist() == np.bincount(ids, minlength=257).tolist()
 
 
+def test_ids_are_counted_once():
+    """Also where one part of the counting ends and the next begins."""
+    ids = np.random.default_rng(0).integers(0, 300, 2**21 + 5).astype(np.uint16)
+    assert data.count_ids(ids, 301).tolist() == np.bincount(ids, minlength=301).tolist()
+
+
 @pytest.mark.parametrize("n_vocab, dtype", [(2**16, "uint16"), (2**16 + 1, "uint32")])
 def test_dtype_holds_the_vocabulary(tmp_path, monkeypatch, n_vocab, dtype):
     tokens = [chr(i) for i in range(256)] + [chr(i) + chr(j) for i in range(256) for j in range(256)]
@@ -523,6 +529,22 @@ def test_other_arguments_after_a_stop_leave_nothing_behind(tmp_path, monkeypatch
     for folder in ("a", "b"):
         prepare_small(corpus[0], tmp_path / folder)
     assert files_of(tmp_path / "a/x") == files_of(tmp_path / "b/x")
+
+
+def test_killed_at_any_rename(tmp_path, monkeypatch, corpus):
+    """Nothing is tidied up, as after kill -9: the last file makes it a dataset, with all the others there."""
+    prepare_small(corpus[0], tmp_path / "undisturbed")
+    whole = files_of(tmp_path / "undisturbed/x")
+    for k in range(2 * len(whole)):
+        folder = tmp_path / str(k)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(data.shutil, "rmtree", lambda *_, **__: None)
+            stop_at_rename(patch, k)
+            prepare_small(corpus[0], folder)
+        assert not (folder / "x/meta.json").exists()
+        assert (folder / "x/new/meta.json").exists() == (k >= len(whole))
+        prepare_small(corpus[0], folder)
+        assert files_of(folder / "x") == whole
 
 
 def test_killed(tmp_path):

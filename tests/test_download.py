@@ -6,6 +6,7 @@ common.fetch and the Pile's preparation against a local HTTP server. CPU, no net
 import hashlib
 import http.server
 import json
+import os
 import random
 import socket
 import threading
@@ -88,6 +89,21 @@ def test_download(server, tmp_path, how):
     assert server.log[0][1] is None and "Python" not in server.log[0][2]    # WikiText's host refuses Python
     common.fetch(f"{server.url}/{how}/file", path)                                # it is there: no request
     assert len(server.log) == 1
+
+
+def test_a_download_is_on_the_disk_before_it_has_its_name(server, tmp_path, monkeypatch):
+    on_disk, fsync, replace = set(), os.fsync, os.replace
+
+    def note(file):
+        on_disk.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    def check(old, new):
+        assert os.stat(old).st_ino in on_disk
+        replace(old, new)
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    common.fetch(f"{server.url}/good/file", tmp_path / "file")
 
 
 @pytest.mark.parametrize("how, resumes", [("good", True), ("norange", False), ("nolength", False)])
