@@ -987,6 +987,7 @@ def test_check(dataset, capsys, monkeypatch):
     ids[1300] = 280
     np.save(dataset / "train_0001.npy", ids)
     monkeypatch.setattr(data, "SCAN", 1000)
+    monkeypatch.setattr(data, "CHUNK", 1000)
     data.load("x", dataset.parent)
     assert "beyond the vocabulary of 280" in error_of(capsys, *flags)
 
@@ -1104,6 +1105,15 @@ def test_stdlib(stdlib):
         own = [text for _, text in files if text and documents.document_is_val(text, 0.1) == (split == "val")]
         assert [encoding.decode(part[:-1]) for part in parts] == own
         assert meta["splits"][split]["tokens"] < meta["splits"][split]["bytes"] / 2.5
+
+
+def test_another_stdlib_is_noticed(stdlib, monkeypatch):
+    """A library with the same version and other text: a patched one, or that of another installation."""
+    data.prepare("stdlib", data_dir=stdlib)
+    other = [*data.stdlib_files()[:-1], ("zipp.py", "pass\n")]
+    monkeypatch.setattr(data, "stdlib_files", lambda: other)
+    with pytest.raises(DataError, match="already exists, and standard library .* has changed since"):
+        data.prepare("stdlib", data_dir=stdlib)
 
 
 def test_stdlib_has_no_twins_across_the_split(stdlib, capsys):
