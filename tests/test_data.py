@@ -1125,6 +1125,13 @@ def test_stdlib_has_no_twins_across_the_split(stdlib, capsys):
     copied = float(re.search(r"more than 50%: .* with ([\d.]+)% of the tokens", out)[1])
     assert share < 12 and copied < 3
 
+    # Each line has the document's own name
+    encoding, texts = tokenization.load_tokenizer(stdlib / "stdlib"), dict(documents.stdlib_files())
+    lines = re.findall(r"^ *[\d.]+% +([\d,]+)  (\S+\.py)$", out, flags=re.M)
+    assert len(lines) == 15
+    for tokens, name in lines:
+        assert int(tokens.replace(",", "")) == len(tokenization.encode_text(encoding, texts[name]))
+
 
 @needs_shared
 def test_minipile(tmp_path, monkeypatch):
