@@ -365,6 +365,20 @@ def test_one_document_is_cut(tmp_path, monkeypatch, name, piece, val_fraction):
         assert train.endswith("\n")
 
 
+@pytest.mark.parametrize("train_characters", range(1, 40))
+def test_both_parts_of_a_document_end(monkeypatch, train_characters):
+    """Wherever the cut is, also just between two pieces: each part has one last piece, and nothing is lost."""
+    set_piece(monkeypatch, 10)
+    text = "x" * 40
+    parts = list(documents.two_parts([text], train_characters))
+    train = [(part, last) for side, part, last in parts if side == "train"]
+    val = [(part, last) for side, part, last in parts if side == "val"]
+    assert "".join(part for part, _ in train) == text[:train_characters]
+    assert "".join(part for part, _ in val) == text[train_characters:]
+    for part in (train, val):
+        assert [last for _, last in part] == [False] * (len(part) - 1) + [True]
+
+
 @pytest.mark.parametrize("text", ["ab", "a b", "x" * 999, "\n" * 7])
 @pytest.mark.parametrize("val_fraction", [1e-6, 0.5, 1 - 1e-6])
 def test_one_short_document_is_cut(tmp_path, text, val_fraction):
@@ -578,7 +592,8 @@ def test_rerun(tmp_path, capsys, corpus):
     assert "already exists" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     for change, what in [("--tokenizer bpe:257", "tokenizer"), ("--val_fraction 0.4", "val_fraction"),
-                         ("--shard_tokens 5000", "shard_tokens"), (f"--files {corpus[0][0]}", "sources")]:
+                         ("--shard_tokens 5000", "shard_tokens"), ("--max_tokens 9999", "max_tokens"),
+                         (f"--files {corpus[0][0]}", "sources")]:
         assert f"with a different {what}: add --overwrite" in error_of(capsys, *flags, *change.split())
         assert files_of(folder) == first
     data.main([*flags, "--shard_tokens", "5000", "--overwrite"])
