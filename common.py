@@ -41,11 +41,16 @@ class DataError(ValueError):
     """Bad input; the message is one line for the user."""
 
 
+class DeviceError(DataError):
+    """A device that does not exist."""
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """Errors of these kinds (default: ValueError, OSError) end the program with one line on stderr and
-    exit code 2. Any other error is a mistake of ours and keeps its traceback.
+    """For the main function of a script. Errors of these kinds (default: ValueError, OSError) end the program
+    with one line on stderr and exit code 2. Any other error is a mistake of ours and keeps its traceback.
     """
+    show_any_character()
     try:
         yield
         sys.stdout.flush()
@@ -156,21 +161,13 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def hold(folder):
-    """Make `folder` and let nobody else hold it meanwhile: a second process gets a DataError.
-
-    A killed process leaves no lock. Where the file system has no locks (Windows, some network drives) there
-    is none.
-    """
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "a") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is working in {folder}: wait for it, or name another --out_dir"
-                            ) from None
-        except OSError:                     # a file system without locks
-            pass
+    """Make `folder` and let nobody else hold it meanwhile: a second process gets a DataError."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be made: {error.strerror}") from None
+    busy = f"another process is working in {folder}: wait for it, or name another --out_dir"
+    with lock(os.path.join(folder, ".lock"), busy):
         yield
 
 
@@ -178,24 +175,30 @@ def hold(folder):
 def locked(folder):
     """Make `folder`, and let one process at a time work in it. The others wait."""
     os.makedirs(Path(folder).absolute().parent, exist_ok=True)
-    with lock_beside(folder):
+    with lock(f"{folder}.lock"):
         os.makedirs(folder, exist_ok=True)
         yield
 
 
 @contextlib.contextmanager
-def lock_beside(path):
-    """Hold the lock file path.lock. It is removed at the end, and a killed process leaves no lock.
+def lock(path, busy=None):
+    """Hold the lock file at `path`. While another process holds it, wait, or raise DataError(busy).
 
-    Where the system or the file system has no locks (Windows, some network drives), nothing is locked.
+    The file is removed at the end, and a killed process leaves no lock. Where the system or the file system
+    has no locks (Windows, some network drives), nothing is locked.
     """
     while True:
-        file = open(f"{path}.lock", "a")
-        with contextlib.suppress(OSError, AttributeError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            file.close()
+            raise DataError(busy) from None
+        except (OSError, AttributeError):                   # no locks here
+            pass
 
-        # The process we waited for has removed the file that we locked: lock the new one
-        if fcntl is None or is_at(file, f"{path}.lock"):
+        # The process that held it has removed the file that we locked: lock the new one
+        if fcntl is None or is_at(file, path):
             break
         file.close()
     with file:
@@ -203,7 +206,7 @@ def lock_beside(path):
             yield
         finally:
             with contextlib.suppress(OSError):
-                os.remove(f"{path}.lock")
+                os.remove(path)
 
 
 def is_at(file, path):
@@ -244,7 +247,7 @@ def fetch(url, path, sha256=None, size=None):
     """
     if os.path.exists(path):
         return
-    with lock_beside(path):
+    with lock(f"{path}.lock"):
         if os.path.exists(path):                            # the process that we waited for made it
             return
 
@@ -285,7 +288,7 @@ class Download:
 
         # What an earlier download left: without both files there is nothing to resume
         try:
-            note = json.loads(Path(self.note).read_text())
+            note = json.loads(Path(self.note).read_text(encoding="utf-8"))
             self.known = {"etag": note["etag"], "size": note["size"]}
             self.size = note["size"]
             self.have = os.path.getsize(self.part)
@@ -443,7 +446,7 @@ def add_device_flags(parser, dtype="auto"):
 def pick_device(device="auto"):
     """The device to use: "auto" takes a GPU if there is one, and every process of torchrun its own.
 
-    Raises ValueError for a device that does not exist.
+    Raises DeviceError.
     """
     if device == "auto":
         device = "cpu"
@@ -460,7 +463,7 @@ def pick_device(device="auto"):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} is not available: {reason}") from None
+        raise DeviceError(f"device {device!r} is not available: {reason}") from None
     return device
 
 
@@ -522,7 +525,7 @@ def save_checkpoint(out_dir, model, optimizers, step, tokens=0):
 def read_config(out_dir):
     """config.json of a checkpoint folder, a dict. Raises DataError, one line."""
     try:
-        with open(os.path.join(out_dir, "config.json")) as file:
+        with open(os.path.join(out_dir, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
         config["model"]
     except FileNotFoundError as error:
@@ -571,8 +574,8 @@ def load_checkpoint(out_dir, device="cpu"):
 # Results: a number belongs to the weights it was measured on, and the weights to the code that made them
 
 # What training depends on: editing one of these files changes what a run learns
-SOURCES = ["objectives.py", "model.py", "train.py", "flags.py", "data.py", "documents.py", "tokenizer.py",
-           "common.py"]
+SOURCES = ["objectives.py", "model.py", "train.py", "run.py", "flags.py", "data.py", "documents.py",
+           "tokenizer.py", "common.py"]
 
 
 def source_digests(names=SOURCES):
@@ -625,7 +628,7 @@ def write_result(path, report):
 def read_result(path, weights):
     """The JSON result at a path if it was measured on the weights with this digest, else None."""
     try:
-        report = json.loads(Path(path).read_text())
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     same = isinstance(report, dict) and report.get("weights") == weights

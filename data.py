@@ -237,7 +237,7 @@ def load(name, data_dir=DATA_DIR, full=False):
     check_name(name)
     folder = os.path.join(data_dir, name)
     try:
-        with open(os.path.join(folder, "meta.json")) as file:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
             meta = json.load(file)
         dtype, vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
         listed = [(split, shard["file"], shard["tokens"], shard["sha256"])
@@ -342,6 +342,25 @@ def windows(shards, span, u):
     rows = [shards[s][i:i + span] for s, i in zip(shard, first)]
     return np.stack(rows).astype(np.int64)                                          # (B, span)
 
+
+STRETCH = 2048          # tokens
+
+def few(shards, tokens):
+    """At most `tokens` tokens of a split, a list of (n,) ids: stretches of 2048 tokens, evenly spread.
+
+    Fewer tokens are not always a part of more, but always from everywhere in the text. Raises DataError if
+    there are not as many.
+    """
+    stretches = []
+    for ids in shards:
+        starts = range(0, len(ids) - STRETCH + 1, STRETCH)
+        stretches += [ids[start:start + STRETCH] for start in starts]
+    n = tokens // STRETCH
+    if not 1 <= n <= len(stretches):
+        most = STRETCH * len(stretches)
+        raise DataError(f"train_tokens must be between {STRETCH} and {most}, not {tokens}")
+    return [stretches[i * len(stretches) // n] for i in range(n)]
+
 # -----------------------------------------------------------------------------
 # The old dataset stays until the new one is complete
 
@@ -379,7 +398,7 @@ def finish_replacing(folder):
     new = Path(folder, "new")
     if not Path(new, "meta.json").exists():
         return
-    with open(new / "meta.json") as file:
+    with open(new / "meta.json", encoding="utf-8") as file:
         meta = json.load(file)
     shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
 

@@ -6,14 +6,16 @@ The command line of train.py: every flag, the presets, and the checks that come 
 import argparse
 import math
 import os
+import sys
 from dataclasses import fields
 
 import torch
 
 import data
 import objectives
-from common import DataError, Help, add_device_flags, pick_device, read_config
+from common import DataError, DeviceError, Help, add_device_flags, pick_device, read_config
 from objectives import CHOICES, OBJECTIVES, Options
+from run import finish_replacing
 
 PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per update, over all processes
     "tiny": dict(dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128,
@@ -87,13 +89,17 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
     p.add_argument("--seed", type=int, default=0, help="seeds the initial weights, the data order and the masks")
 
+    p.add_argument("--train_tokens", type=int, default=0, metavar="N",
+                   help="train on N tokens only, evenly spread over the training split: few data, many "
+                        "passes (0: on all)")
+
     p.add_argument("--out_dir", help="where checkpoint and log go; without it out/OBJECTIVE")
     p.add_argument("--data_dir", default=data.DATA_DIR, help="where the prepared datasets are")
     p.add_argument("--save_interval", type=int, default=250, help="updates between checkpoints")
     p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
     p.add_argument("--resume", action="store_true",
                    help="continue the run in out_dir with its own flags (given ones replace them)")
-    p.add_argument("--overwrite", action="store_true", help="replace a run that is already in out_dir")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in out_dir, once the new one has a checkpoint")
     add_device_flags(p)
     p.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                    help="torch.compile; auto: on GPUs, and on CPUs when the run is long enough to pay for it")
@@ -104,22 +110,28 @@ SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_token
          "eval_interval", "eval_sequences", "save_interval", "log_interval"]
 
 # What cannot change when a run is resumed: it defines the model, the objective or the random numbers
-FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed",
+FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed", "train_tokens",
          *(field.name for field in fields(Options) if field.name != "vocab_size")]
 
 
 def parse_args(argv=None):
     """The command line as a namespace without open choices.
 
-    Exits with code 2 and one line if it makes no sense.
+    Exits with code 2 and one line if it makes no sense. Raises DeviceError.
     """
     parser = build_parser()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        parser.error = lambda message: sys.exit(2)          # the first process of this machine says it
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
+
     try:
+        finish_replacing(args.out_dir)
         if args.resume:
             args = saved_flags(parser, argv, args.out_dir)
         complete(args)
+    except DeviceError:                         # every process has a device of its own
+        raise
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -175,7 +187,8 @@ def check_args(args):
             raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
     if args.block_size < 2:
         raise ValueError(f"block_size must be at least 2, not {args.block_size}")
-    for name in ["learning_rate", "muon_lr", "weight_decay", "grad_clip", "warmup_iters", "seed"]:
+    for name in ["learning_rate", "muon_lr", "weight_decay", "grad_clip", "warmup_iters", "seed",
+                 "train_tokens"]:
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{name} must not be negative, not {getattr(args, name)}")
     for name in ["decay_fraction", "min_lr_fraction"]:
@@ -200,3 +213,13 @@ def check_folder(args):
     if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         raise DataError(f"{args.out_dir} already holds a run: "
                         "continue it with --resume, or replace it with --overwrite")
+
+
+def make_options(args, vocab_size):
+    """The flags an objective may depend on, as objectives.Options."""
+    names = [field.name for field in fields(Options) if field.name != "vocab_size"]
+    missing = [name for name in names if not hasattr(args, name)]
+    if missing:
+        raise DataError(f"objectives.Options has {', '.join(missing)}, but flags.py has no flag of that name")
+    given = {name: getattr(args, name) for name in names}
+    return Options(vocab_size=vocab_size, **given)

@@ -19,10 +19,10 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import torch
 
-from common import (Help, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype,
-                    show_any_character)
+from common import Help, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -262,6 +262,69 @@ def show_passes(stream):
     return show
 
 # -----------------------------------------------------------------------------
+# What train.py prints at its end
+
+def demonstration(model, encoding, shards, masked):
+    """Text that shows what the model was trained for, from the same prompts for every objective.
+
+    A masked model fills in three lines of validation text of which half of the tokens are masked, and
+    continues the beginning of the first. A causal one continues the beginnings of the first two.
+    """
+    lines = example_lines(encoding, shards[0], model.config.block_size)
+    text = []
+    if masked:
+        shown, filled = half_masked(model, encoding, "\n".join(lines))
+        text += ["--- validation text with half of its tokens masked", shown,
+                 "--- filled in by the model", filled]
+
+    generator = torch.Generator().manual_seed(0)
+    for line in lines[:1 if masked else 2]:
+        words = line.split(" ")
+        prompt = " ".join(words[:math.ceil(len(words) / 2)])                # never ends in a space
+        ids = encoding.encode_ordinary(prompt)[:model.config.block_size - 1]
+        length = min(32, model.config.block_size - len(ids))
+        ids = generate(model, ids, length, temperature=0.8, generator=generator)
+        text += [f"--- {prompt!r} continued by the model", encoding.decode(ids)]
+    return "\n".join(text)
+
+
+def half_masked(model, encoding, text):
+    """Mask every token of a text with probability 1/2 and let the model fill them in.
+
+    Returns the text with `_` in place of the characters of masked tokens, and the filled one. Tokens that
+    hold a line's end stay, so that the two can be compared line by line.
+    """
+    ids = encoding.encode_ordinary(text)[:model.config.block_size]
+    pieces = [encoding.decode([token]) for token in ids]
+    free = [i for i, piece in enumerate(pieces) if "\n" not in piece]
+    masked = np.random.default_rng(0).permutation(free)[:math.ceil(len(free) / 2)]
+
+    hidden = np.array(ids)
+    hidden[masked] = model.config.mask_token
+    filled = fill(model, hidden.tolist(), partial(draw, temperature=0.0), order="confidence")
+    for i in masked:
+        shown = r"\S" if pieces[i].strip() else r"."                        # a masked space shows, too
+        pieces[i] = re.sub(shown, "_", pieces[i])
+    return "".join(pieces), encoding.decode(filled)
+
+
+def example_lines(encoding, ids, block_size, n=3):
+    """n successive lines of text from the beginning of validation ids (n_ids,), none longer than 72 characters.
+
+    Text without such lines (one long line, short ones only) is cut into pieces of 48 characters.
+    """
+    ids = [token for token in ids[:50_000].tolist() if token != encoding.eot_token]
+    text = encoding.decode(ids)
+    lines = [line.strip() for line in text.splitlines()]
+    for i in range(len(lines) - n):
+        chosen = lines[i:i + n]
+        short = len(encoding.encode_ordinary("\n".join(chosen))) <= block_size
+        if short and all(24 <= len(line) <= 72 and " " in line for line in chosen):
+            return chosen
+    text = " ".join(text.split())
+    return [text[48 * i:48 * (i + 1)].strip() or "..." for i in range(n)]
+
+# -----------------------------------------------------------------------------
 # Command line
 
 def build_parser():
@@ -329,7 +392,6 @@ def run(args):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    show_any_character()                                    # "?" where a terminal cannot show a character
     with one_line_errors():
         run(args)
 

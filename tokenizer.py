@@ -189,7 +189,7 @@ def load_tokenizer(folder):
     """The tiktoken.Encoding of a dataset's or a checkpoint's folder. Raises DataError."""
     path = os.path.join(folder, "tokenizer.json")
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             return build_encoding(json.load(file))
     except DataError:
         raise

@@ -8,7 +8,8 @@ bytes -> windows -> (context, target) pairs -> loss -> update.
     python train.py --objective vlm --preset paper  # 16 layers, width 768, on the Pile (data.py fetches it)
     torchrun --standalone --nproc_per_node=8 train.py --objective vlm --preset paper
 
-Sizes, learning rates and all other settings: PRESETS in flags.py.
+Sizes, learning rates and all other settings: PRESETS in flags.py. What surrounds the loop (processes, the
+run's folder, signals, compilation): run.py.
 
 Everything random is a pure function of (seed, step, index of the sequence in the global batch), and the loss
 is summed over the batch and divided once. So a run is the same, to rounding, on 1 or 8 processes, in 1 or 4
@@ -16,40 +17,30 @@ micro-batches, and a resumed run continues exactly where it stopped. Progress go
 out_dir/log.jsonl, one JSON object per line.
 """
 import contextlib
-import gc
-import json
 import math
 import os
-import re
-import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import objectives
-from common import (DataError, file_sha256, hold, one_line_errors, output_may_close, peak_flops, pick_dtype,
-                    read_checkpoint, read_config, reuse_memory, save_checkpoint, save_config, show_any_character,
-                    source_digests, write_atomically)
-from flags import check_folder, parse_args
+from common import (DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory)
+from flags import check_folder, make_options, parse_args
 from model import Config, Transformer, flops, num_params
-from objectives import OBJECTIVES, Batch, Draw, Options
-from sample import draw, fill, generate
+from objectives import OBJECTIVES, Batch, Draw
+from run import (all_reduce, check_finite, command, compiled, in_first_process, leave_together, load_data,
+                 log, one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore,
+                 resume_command, save, say, say_passes, show_speed, start_processes, stop_vote, together,
+                 write_folder)
+from sample import demonstration
 from tokenizer import load_tokenizer
 
 VAL_SEED = 2407_00935       # validation windows and masks are the same for every run, so that losses compare
-MOST_PASSES = 4             # over the training tokens: beyond, a model begins to learn them by heart
 CONTEXT_GAIN = 0.03         # a loss less than this fraction below that of word frequencies: no context yet
 
 # -----------------------------------------------------------------------------
@@ -81,7 +72,7 @@ def check_first_batch(shards, options, args):
     for split in ("train", "val"):
         data.check_window(shards[split], objectives.window_size(options))
     try:
-        objectives.check_objective(options)
+        objectives.check_objective(options, same_shapes=args.compile != "off")
         batch = get_batch(shards["train"], options, args.seed, 0, range(args.batch_size))
         objectives.check_batch(batch, options)
     except ValueError as error:
@@ -115,16 +106,22 @@ def validation_batches(shards, options, args):
 
 
 def evaluate(model, shards, options, args):
-    """Validation loss, nats per scored token: the sum of the losses over the sum of the weights.
+    """Yields None after every batch, and at last the validation loss, nats per scored token: the sum of the
+    losses over the sum of the weights. Equally often in all processes, so that they can stop together.
 
     Gradients stay on: without them the model would be compiled again.
     """
+    _, world = rank_and_world()
     total = torch.zeros(2)
-    for batch in validation_batches(shards, options, args):
-        batch = to_device(batch, args.device)
-        total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
+    batches = validation_batches(shards, options, args)
+    for _ in range(math.ceil(args.eval_sequences / (args.batch_size * world))):
+        batch = next(batches, None)                         # None: another process has one batch more
+        if batch is not None:
+            batch = to_device(batch, args.device)
+            total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
+        yield None
     loss, weight = all_reduce(total.to(args.device)).tolist()
-    return loss / weight
+    yield loss / weight
 
 
 def unigram_loss(dataset, shards, options, args):
@@ -212,17 +209,17 @@ def train(args):
     start_processes(args)
     meta, shards = load_data(args)
     options = make_options(args, meta["vocab_size"])
-    check_first_batch(shards, options, args)
+    together(lambda: check_first_batch(shards, options, args))
     with contextlib.ExitStack() as held:
         in_first_process(lambda: held.enter_context(hold(args.out_dir)))
         in_first_process(lambda: check_folder(args))    # again: another run may have ended just now
-        stop = run(args, meta, shards, options)
+        stop = pretrain(args, meta, shards, options)
         leave_together()
     if stop:
         sys.exit(128 + stop)
 
 
-def run(args, meta, shards, options):
+def pretrain(args, meta, shards, options):
     """Set up model and optimizers, continue or begin the run, and finish it.
 
     meta: of the dataset. shards: {"train": [(n,) ids, ...], "val": [...]}. Returns the signal that stopped
@@ -264,7 +261,7 @@ def run(args, meta, shards, options):
     scored = sum(len(batch.positions) for batch in first)                   # by this process, per update
     step_flops = flops(config, local, args.block_size, scored)
     baseline = unigram_loss(dataset, shards["val"], options, args)
-    say_passes(args, done, meta["splits"]["train"]["tokens"])
+    say_passes(args, done, sum(map(len, shards["train"])))
     say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
         f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens per update, "
         f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
@@ -274,16 +271,17 @@ def run(args, meta, shards, options):
     validate = partial(evaluate, fast, shards["val"], options, args)
     steps = prefetch(make, first, done["step"], args.max_iters)
     line, stop = loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops)
-    if rank == 0 and line["step"] == args.max_iters:
+    if line["step"] < args.max_iters:
+        return stop
+    if rank == 0:
         finish(args, model, meta["splits"]["val"], shards["val"], line["val_loss"], baseline)
-        return 0
-    return stop
+    return 0
 
 
 def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops):
     """Update; at their intervals log, validate and save.
 
-    fast: `model`, compiled or not. steps: see `prefetch`. validate(): the validation loss.
+    fast: `model`, compiled or not. steps: see `prefetch`. validate(): see `evaluate`.
     baseline: that of word frequencies. done: {"step", "tokens"} of the run so far.
     Returns the last line of the log, a dict, and the signal that stopped the run, or 0.
     """
@@ -295,11 +293,14 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
     pending = []                                # (loss, gradient norm) of the steps since the last log line
     clock = time.time()
 
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(stop_signals())
-        vote = stack.enter_context(stop_vote(signals))
-        stack.enter_context(contextlib.closing(steps))
-        bar = stack.enter_context(progress_bar(args.max_iters, done["step"]))
+    def save_now():
+        if stop:
+            say(f"stopping: saving step {step} ...{patience()}")
+        in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
+        return step
+
+    bar = progress_bar(args.max_iters, done["step"])
+    with stop_vote() as vote, contextlib.closing(steps), bar as bar:
         for step, batches in steps:
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
@@ -312,14 +313,15 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
             stop = vote()
             final = step == args.max_iters
             validates = final or step % args.eval_interval == 0
-            saves = final or stop or step % args.save_interval == 0
-            logs = validates or saves or step % args.log_interval == 0
+            saves = final or step % args.save_interval == 0
+            logs = validates or saves or stop or step % args.log_interval == 0
             if not logs:
                 continue
 
             # Log
             numbers = all_reduce(torch.stack(pending)).cpu()    # (steps, 2), host-device sync
-            check_finite(numbers, model if saves else None, step, saved)
+            may_save = validates or saves or stop
+            check_finite(numbers, model if may_save else None, step, saved)
             seconds = time.time() - clock
             line = {"step": step, "tokens": tokens, "train_loss": numbers[:, 0].mean().item(),
                     "grad_norm": numbers[-1, 1].item(), "lr": optimizers[0].param_groups[0]["lr"],
@@ -328,66 +330,27 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
                 line["mfu"] = len(pending) * step_flops / seconds / peak
             show_speed(bar, line)
 
-            # Validate
+            # Validate. A stop saves first: torchrun kills 30 s after SIGTERM
             if validates:
-                line["val_loss"] = validate()
+                for val_loss in validate():
+                    stop = stop or vote()
+                    if stop and saved < step:
+                        saved = save_now()
+                line["val_loss"] = val_loss
                 line["word_frequencies"] = baseline
                 say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}"
                     f"{beside(baseline)}")
 
             # Save
-            if stop:
-                say(f"stopping: saving step {step} ...{patience()}")
-            in_first_process(lambda: append_line(os.path.join(args.out_dir, "log.jsonl"), line))
-            if saves:
-                in_first_process(lambda: save_checkpoint(args.out_dir, model, optimizers, step, tokens))
-                saved = step
+            in_first_process(lambda: log(args.out_dir, line))
+            if (saves or stop) and saved < step:
+                saved = save_now()
             if stop and not final:
                 say(f"stopped at step {step} and saved; resume with: {resume_command(args)}")
                 break
             pending = []
             clock = time.time()
     return line, stop
-
-
-def show_speed(bar, line):
-    """Loss and speed behind the progress bar."""
-    text = f"loss {line['train_loss']:.3f}, {line['tokens_per_second']:.0f} tokens/s"
-    if "mfu" in line:
-        text += f", MFU {line['mfu']:.0%}"
-    with output_may_close():
-        bar.set_postfix_str(text)
-
-
-def append_line(path, line):
-    """Append a JSON object as a line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def check_finite(numbers, model, step, saved):
-    """End the run, exit code 1, if a loss or gradient norm (steps, 2) or a weight is not finite."""
-    steps_ok = numbers.isfinite().all(dim=1)                                # (steps,)
-    weights_ok = model is None or all(p.isfinite().all() for p in model.parameters())
-    if steps_ok.all() and weights_ok:
-        return
-    bad = step
-    if not steps_ok.all():
-        bad = step - len(numbers) + 1 + int(steps_ok.int().argmin())        # the first one
-    kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-    say(f"error: loss, gradient or weights not finite at step {bad}; {kept}")
-    leave_together()
-    sys.exit(1)
-
-
-def say_passes(args, done, train_tokens):
-    """How often the run goes over its training tokens: the more often, the more it learns them by heart."""
-    tokens = done["tokens"] + (args.max_iters - done["step"]) * args.batch_tokens
-    passes = tokens / train_tokens
-    say(f"{args.max_iters} updates are {passes:.2g} passes over {train_tokens:,} training tokens")
-    if passes > MOST_PASSES:
-        say(f"warning: more than {MOST_PASSES} passes. Watch the validation loss: it may rise while the "
-            "training loss falls, for ar first. Fewer --max_iters or more text help")
 
 # -----------------------------------------------------------------------------
 # The end of a run: its loss, and what the model was trained for
@@ -424,389 +387,10 @@ def beside(baseline):
     return "" if baseline is None else f" (word frequencies alone: {baseline:.4f})"
 
 
-def demonstration(model, encoding, shards, masked):
-    """Text that shows what the model was trained for, from the same prompts for every objective.
-
-    A masked model fills in three lines of validation text of which half of the tokens are masked, and
-    continues the beginning of the first. A causal one continues the beginnings of the first two.
-    """
-    lines = example_lines(encoding, shards[0], model.config.block_size)
-    text = []
-    if masked:
-        shown, filled = half_masked(model, encoding, "\n".join(lines))
-        text += ["--- validation text with half of its tokens masked", shown,
-                 "--- filled in by the model", filled]
-
-    generator = torch.Generator().manual_seed(0)
-    for line in lines[:1 if masked else 2]:
-        words = line.split(" ")
-        prompt = " ".join(words[:math.ceil(len(words) / 2)])                # never ends in a space
-        ids = encoding.encode_ordinary(prompt)[:model.config.block_size - 1]
-        length = min(32, model.config.block_size - len(ids))
-        ids = generate(model, ids, length, temperature=0.8, generator=generator)
-        text += [f"--- {prompt!r} continued by the model", encoding.decode(ids)]
-    return "\n".join(text)
-
-
-def half_masked(model, encoding, text):
-    """Mask every token of a text with probability 1/2 and let the model fill them in.
-
-    Returns the text with `_` in place of the characters of masked tokens, and the filled one. Tokens that
-    hold a line's end stay, so that the two can be compared line by line.
-    """
-    ids = encoding.encode_ordinary(text)[:model.config.block_size]
-    pieces = [encoding.decode([token]) for token in ids]
-    free = [i for i, piece in enumerate(pieces) if "\n" not in piece]
-    masked = np.random.default_rng(0).permutation(free)[:math.ceil(len(free) / 2)]
-
-    hidden = np.array(ids)
-    hidden[masked] = model.config.mask_token
-    filled = fill(model, hidden.tolist(), partial(draw, temperature=0.0), order="confidence")
-    for i in masked:
-        shown = r"\S" if pieces[i].strip() else r"."                        # a masked space shows, too
-        pieces[i] = re.sub(shown, "_", pieces[i])
-    return "".join(pieces), encoding.decode(filled)
-
-
-def example_lines(encoding, ids, block_size, n=3):
-    """n successive lines of text from the beginning of validation ids (n_ids,), none longer than 72 characters.
-
-    Text without such lines (one long line, short ones only) is cut into pieces of 48 characters.
-    """
-    ids = [token for token in ids[:50_000].tolist() if token != encoding.eot_token]
-    text = encoding.decode(ids)
-    lines = [line.strip() for line in text.splitlines()]
-    for i in range(len(lines) - n):
-        chosen = lines[i:i + n]
-        short = len(encoding.encode_ordinary("\n".join(chosen))) <= block_size
-        if short and all(24 <= len(line) <= 72 and " " in line for line in chosen):
-            return chosen
-    text = " ".join(text.split())
-    return [text[48 * i:48 * (i + 1)].strip() or "..." for i in range(n)]
-
-# =============================================================================
-# Behind the scenes: processes, the run's folder, signals, compilation
-# =============================================================================
-
-def start_processes(args):
-    """Join the other processes, if torchrun started any.
-
-    torch.distributed.nn, which DDP imports, has functions with the default group=WORLD: the group that exists
-    when it is first imported. Imported later it would keep the group, and so gloo's threads, alive after
-    leave_together, and a thread that meets the end of the interpreter aborts the process (1 exit in 50).
-    """
-    if "RANK" in os.environ:
-        import torch.distributed.nn                                         # noqa: F401
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-
-
-def leave_together():
-    """Wait for the other processes, then leave the group: none goes while another still needs it.
-
-    Its threads end with it, if nothing refers to it any more. DDP does until it is collected.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        gc.collect()
-        dist.destroy_process_group()
-
-
-def in_first_process(action):
-    """Call action() in the first process. If it fails there, all leave: it with the error, the others silently.
-    """
-    rank, world = rank_and_world()
-
-    # Try it
-    failure = None
-    if rank == 0:
-        try:
-            action()
-        except (DataError, OSError) as error:
-            failure = error
-
-    # Did it fail?
-    if world > 1:
-        flags = [failure is not None]
-        dist.broadcast_object_list(flags)
-        if flags[0]:
-            leave_together()
-            if rank > 0:
-                sys.exit(2)
-    if failure:
-        raise failure
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """Sum over the processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op)
-    return tensor
-
-
-def say(text):
-    """Print a line, once for all processes."""
-    if rank_and_world()[0] == 0:
-        with output_may_close():
-            tqdm.write(text)
-
-
-@contextlib.contextmanager
-def progress_bar(total, initial):
-    """tqdm's bar on the screen of the first process. A screen that is gone does not end the run."""
-    rank, _ = rank_and_world()
-    bar = tqdm(disable=True)
-    with output_may_close():
-        bar = tqdm(total=total, initial=initial, disable=rank != 0, dynamic_ncols=True)
-    try:
-        yield bar
-    finally:
-        with output_may_close():
-            bar.close()
-
-# -----------------------------------------------------------------------------
-# Data and options
-
-def load_data(args):
-    """data.load. The default dataset, the standard library's text, is prepared first when it is missing.
-
-    A resumed run never prepares one: it needs the very dataset that it began with. Raises DataError.
-    """
-    rank, _ = rank_and_world()
-    folder = os.path.join(args.data_dir, args.dataset)
-    missing = not os.path.exists(os.path.join(folder, "meta.json"))
-    if missing and args.resume:
-        raise DataError(f"{folder}, the dataset of this run, does not exist: --data_dir names its folder")
-    if missing and args.dataset == "stdlib" and rank == 0:
-        data.prepare("stdlib", data_dir=args.data_dir)
-    if dist.is_initialized():
-        dist.barrier()
-    loaded = data.load(args.dataset, args.data_dir)
-    if args.resume:
-        check_dataset(args, folder)
-    return loaded
-
-
-def check_dataset(args, folder):
-    """Raises DataError if a dataset is not, byte for byte, the one that the run in out_dir began with."""
-    before = read_config(args.out_dir).get("dataset")
-    if before is None:
-        raise DataError(f"{args.out_dir} does not say which dataset it was trained on (an older version wrote "
-                        "it): train it again with --overwrite")
-    if before != dataset_digests(folder):
-        raise DataError(f"{folder} is not the dataset that {args.out_dir} was trained on: it was prepared "
-                        "again, or --data_dir names another folder")
-
-
-def dataset_digests(folder):
-    """sha256 of a dataset's description and of its vocabulary."""
-    return {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in ("meta", "tokenizer")}
-
-
-def make_options(args, vocab_size):
-    """The flags an objective may depend on, as objectives.Options."""
-    names = [field.name for field in fields(Options) if field.name != "vocab_size"]
-    missing = [name for name in names if not hasattr(args, name)]
-    if missing:
-        raise DataError(f"objectives.Options has {', '.join(missing)}, but flags.py no flag of that name")
-    given = {name: getattr(args, name) for name in names}
-    return Options(vocab_size=vocab_size, **given)
-
-# -----------------------------------------------------------------------------
-# The run's folder
-
-def flags_in_force(args):
-    """The flags as config.json keeps them. The folder that holds it is out_dir, wherever it is moved to, and
-    a device "auto" stays "auto", so that another machine picks for itself."""
-    flags = {**vars(args), "device": args.device_flag}
-    for name in ("device_flag", "out_dir", "resume", "overwrite"):
-        del flags[name]
-    return flags
-
-
-def write_folder(args, config, dataset):
-    """What makes out_dir a checkpoint besides the weights. A fresh run removes what an earlier one left."""
-    if not args.resume:
-        for name in os.listdir(args.out_dir):
-            ours = ("ckpt.pt", "log.jsonl", "config.json", "unigram.npy", "spectrum.json")
-            if name in ours or name.startswith("eval_"):
-                os.remove(os.path.join(args.out_dir, name))
-        shutil.copy(os.path.join(dataset, "tokenizer.json"), args.out_dir)
-        with contextlib.suppress(FileNotFoundError):                        # datasets of older versions
-            shutil.copy(os.path.join(dataset, "unigram.npy"), args.out_dir)
-    save_config(args.out_dir, config, train=flags_in_force(args), torch=torch.__version__,
-                sources=sources_of_run(args), dataset=dataset_digests(dataset))
-
-
-def sources_of_run(args):
-    """{file: sha256} of the code that made the run. A file that changed since it began is named, and from
-    then on matches no code: such weights belong to neither version."""
-    now = source_digests()
-    if not args.resume:
-        return now
-    before = read_config(args.out_dir).get("sources", {})
-    changed = [name for name, digest in now.items() if before.get(name) != digest]
-    if changed:
-        say(f"note: {', '.join(changed)} changed since {args.out_dir} was begun")
-    return {**now, **dict.fromkeys(changed, "changed during the run")}
-
-
-def restore(args, model, optimizers):
-    """Restore weights and optimizers from out_dir and cut the log there. Returns {"step", "tokens"}."""
-    state, _ = read_checkpoint(args.out_dir, args.device)
-    try:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizer"]):
-            optimizer.load_state_dict(saved)
-        done = {"step": state["step"], "tokens": state["tokens"]}
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{args.out_dir} cannot be resumed, ckpt.pt is not what config.json says: "
-                        f"{reason}") from None
-    in_first_process(lambda: cut_log(os.path.join(args.out_dir, "log.jsonl"), done["step"]))
-    return done
-
-
-def cut_log(path, step):
-    """Keep the lines of a log up to a step. A killed run may have logged more, or half a line."""
-    if not os.path.exists(path):
-        return
-    good, damaged = [], 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
-                    good.append(line)
-            except (ValueError, KeyError, TypeError):
-                damaged += 1
-    if damaged:
-        say(f"{path}: {damaged} damaged lines are dropped")
-    write_atomically(path, lambda file: file.write(b"".join(good)))
-
-# -----------------------------------------------------------------------------
-# Signals: save, then stop
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list whose last entry is the signal that asked to stop (Ctrl-C, SIGTERM, a closed terminal), or 0.
-
-    The old handlers are restored at the end. Outside of the main thread Python allows none: nothing is caught.
-    """
-    signals = [0]
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-
-    old = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)                # Windows has no SIGHUP
-        if number and signal.getsignal(number) not in (signal.SIG_IGN, None):       # nohup ignores SIGHUP
-            old[number] = signal.signal(number, lambda number, frame: signals.append(number))
-    try:
-        yield signals
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def stop_vote(signals):
-    """A function to call after every step: the signal on which all processes stop at this step, or 0.
-
-    Processes must stop at the same step. So the flags of a step are combined while the next one runs, and
-    read after it: on the CPU (gloo), without waiting for a GPU.
-    """
-    _, world = rank_and_world()
-    if world == 1:
-        yield lambda: signals[-1]
-        return
-
-    group = dist.new_group(backend="gloo")
-    running = []                                            # (work, flag) of the steps that are not read yet
-
-    def vote():
-        flag = torch.tensor(signals[-1])
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
-        running.append((work, flag))
-        if len(running) == 1:
-            return 0
-        work, flag = running.pop(0)
-        work.wait()
-        return int(flag)
-
-    try:
-        yield vote
-    finally:
-        for work, _ in running:
-            work.wait()
-
-
-def patience():
-    """torchrun kills after 30 s; said before a checkpoint is saved on a signal."""
-    return " (torchrun waits 30 s for it)" if dist.is_initialized() else ""
-
-
-def command(script, *words):
-    """A command line that can be typed in where this process runs."""
-    path = Path(__file__).with_name(script)
-    with contextlib.suppress(ValueError):                   # another drive, on Windows
-        path = os.path.relpath(path)
-    return shlex.join(["python", str(path), *words])
-
-
-def resume_command(args):
-    """How to continue a run that was stopped."""
-    line = command("train.py", "--resume", "--out_dir", args.out_dir)
-    _, world = rank_and_world()
-    if world == 1:
-        return line
-    return line.replace("python", f"torchrun --standalone --nproc_per_node={world}", 1)
-
-# -----------------------------------------------------------------------------
-# Compilation
-
-COMPILE_PAYS_FLOPS = 2e13   # of a run on a CPU: compiling takes 10 to 20 s, a step is then 1.3 times faster
-
-
-def pick_compile(args, step_flops):
-    """Whether to compile: on a GPU yes,
-    on a CPU if there is a C++ compiler and the run is long enough to pay for it.
-    """
-    if args.compile != "auto":
-        return args.compile == "on"
-    if args.device.startswith("cuda"):
-        return True
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    pays = step_flops * args.max_iters > COMPILE_PAYS_FLOPS
-    return args.device == "cpu" and compiler is not None and pays
-
-
-def compiled(model, batch):
-    """The model under torch.compile, tried on one batch. Where that fails, one line and the model itself."""
-    start = time.time()
-    say("compiling (a second run finds it in the cache) ...")
-    try:
-        fast = torch.compile(model)
-        fast(*batch).backward()
-        say(f"compiled in {time.time() - start:.0f} s")
-    except Exception as error:      # no compiler, a compiler that fails, an unsupported platform: many kinds
-        reason = (str(error) or repr(error)).splitlines()[0]
-        say(f"torch.compile does not work here, continuing without: {reason}")
-        fast = model
-    model.zero_grad(set_to_none=True)
-    return fast
-
-
 def main(argv=None):
-    show_any_character()
-    args = parse_args(argv)
-    reuse_memory()
-    with one_line_errors(DataError, OSError):
+    with one_line_stop(), one_line_errors(DataError, OSError):
+        args = parse_args(argv)
+        reuse_memory()
         train(args)
 
 

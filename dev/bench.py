@@ -38,8 +38,8 @@ from common import align, one_line_errors, pick_dtype               # noqa: E402
 from common import reuse_memory, write_json                         # noqa: E402
 from model import Config, Transformer, flops, plain_loss            # noqa: E402
 from objectives import OBJECTIVES, Batch                            # noqa: E402
-from train import compiled, get_batch, make_optimizers              # noqa: E402
-from train import make_options, pick_compile, to_device, update     # noqa: E402
+from run import compiled, pick_compile                              # noqa: E402
+from train import get_batch, make_optimizers, to_device, update     # noqa: E402
 
 # -----------------------------------------------------------------------------
 # Measuring
@@ -108,7 +108,7 @@ def make_step(args, shards, plain=False):
     model = model.to(args.device)
 
     # The batches of the step
-    options = make_options(args, args.vocab_size)
+    options = flags.make_options(args, args.vocab_size)
     n = args.batch_tokens // args.block_size                    # sequences
     def load():
         batches = []

@@ -35,7 +35,8 @@ EXERCISES = {
 # What holds solutions or their numbers, or tests what is left out
 LEFT_OUT = [".ci", "results", "assets", "docs/ANSWERS.md", "docs/RESULTS.md", "dev/LOG.md",
             "dev/student_copy.py", "tests/test_student_copy.py", "tests/test_readme.py",
-            "tests/test_grader.py", "tests/test_grader_model.py"]
+            "tests/test_grader.py", "tests/test_grader_model.py", "tests/test_grader_evals.py",
+            "tests/test_answers.py"]
 
 # -----------------------------------------------------------------------------
 # Blanking a function
@@ -123,8 +124,8 @@ def make_copy(folder, exercises):
         removed = []
         for number in exercises:
             for name, functions in EXERCISES[number].items():
-                source, lines = blank((unfinished / name).read_text(), functions, number)
-                (unfinished / name).write_text(source)
+                source, lines = blank((unfinished / name).read_text(encoding="utf-8"), functions, number)
+                (unfinished / name).write_text(source, encoding="utf-8")
                 removed += lines
         unfinished.rename(folder)
     finally:

@@ -30,7 +30,9 @@ def call(function, *arguments):
     except NotImplementedError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "site-packages" not in frame.filename]
+        last = ours[-1]                                     # where it is, or what called the library
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         name = getattr(function, "__name__", "the function")
         where = f"line {last.lineno} of {os.path.basename(last.filename)}: {last.line}"
@@ -38,11 +40,14 @@ def call(function, *arguments):
 
 
 def hint(error, arguments):
-    """What an IndexError of an objective usually means."""
+    """What an exception usually means."""
+    if type(error).__name__ in ("LinAlgError", "_LinAlgError"):
+        return "; does the matrix hold nan or inf, from a division by 0?"
     options = arguments[-1]
-    if not isinstance(error, IndexError) or not OBJECTIVES[options.objective].causal:
+    objective = OBJECTIVES.get(getattr(options, "objective", None))
+    if not isinstance(error, IndexError) or objective is None or not objective.causal:
         return ""
-    ahead = OBJECTIVES[options.objective].ahead(options)
+    ahead = objective.ahead(options)
     return (f"; a window has {options.block_size} + {ahead} tokens: "
             f"no target can lie farther ahead than {ahead}")
 

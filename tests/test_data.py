@@ -1195,3 +1195,26 @@ def test_two_processes_at_once_make_one_dataset(tmp_path):
     found = ["already exists" in process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and sorted(found) == [False, True]
     data.load("x", str(tmp_path), full=True)
+
+
+@pytest.mark.parametrize("tokens, n", [(2048, 1), (3 * 2048, 3), (3 * 2048 + 2047, 3), (10 * 2048, 10)])
+def test_few_tokens_come_from_everywhere(tokens, n):
+    shards = [np.arange(4 * 2048 + 100), np.arange(50_000, 50_000 + 6 * 2048)]
+    pieces = data.few(shards, tokens)
+    assert [len(piece) for piece in pieces] == [2048] * n
+    starts = [int(piece[0]) for piece in pieces]
+    assert len(set(starts)) == n and starts == sorted(starts)
+    assert all((np.diff(piece) == 1).all() for piece in pieces)                     # one stretch of one shard
+    numbers = [start // 2048 if start < 50_000 else 4 + (start - 50_000) // 2048 for start in starts]
+    assert np.abs(np.array(numbers) - np.arange(n) * 10 / n).max() < 1              # evenly spread
+
+
+def test_a_group_for_a_thread_is_as_large_as_a_piece():
+    """data.py has a length of its own for `few`: it must not take the name of the tokenizer's."""
+    assert data.PIECE == tokenization.PIECE > data.STRETCH
+
+
+def test_few_tokens_of_too_few():
+    for tokens in (1, 2047, 4 * 2048):
+        with pytest.raises(data.DataError, match="train_tokens must be between 2048 and 6144"):
+            data.few([np.arange(3 * 2048 + 5)], tokens)

@@ -158,9 +158,9 @@ def test_who_waited_for_a_lock_holds_one(tmp_path):
     seen = []
 
     def wait():
-        with common.lock_beside(tmp_path / "file"):
+        with common.lock(tmp_path / "file.lock"):
             seen.append((tmp_path / "file.lock").exists())
-    with common.lock_beside(tmp_path / "file"):
+    with common.lock(tmp_path / "file.lock"):
         waiting = threading.Thread(target=wait)
         waiting.start()
         time.sleep(0.2)

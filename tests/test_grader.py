@@ -2,12 +2,13 @@
 The grader is graded: right solutions of exercises 1 to 4, however written, pass; wrong ones fail, each with
 words that name the mistake.
 
-    python -m pytest tests/test_grader.py       # a minute and a half
+    python -m pytest tests/test_grader.py       # two minutes
 
 A solution is a function that stands in for one of objectives.py. The exercise's tests then run as
 `python -m pytest -x -m exerciseN` would run them.
 """
 import ast
+import random
 import re
 import shutil
 import subprocess
@@ -118,6 +119,21 @@ def ar_column_by_column_with_unused_slots(x, draw, options):
 def ar_is_dar_with_lookahead_1(x, draw, options):
     return objectives.dar(x, draw, objectives.replace(options, lookahead=1))
 
+
+@right(1, "ar")
+def ar_from_lists_in_reverse_order(x, draw, options):
+    pairs = [(row[:-1], row[1:]) for row in x.tolist()]
+    inputs = np.array([before for before, after in pairs])
+    targets = np.array([after for before, after in pairs]).reshape(-1, 1)
+    positions = np.arange(len(targets), dtype=np.int32)
+    return Batch(inputs, positions[::-1], targets[::-1], 0.5 * ones(len(targets)))
+
+
+@right(1, "ar")
+def ar_with_the_same_target_twice(x, draw, options):
+    batch = REFERENCE["ar"](x, draw, options)
+    return batch._replace(targets=np.repeat(batch.targets, 2, axis=1))
+
 # -----------------------------------------------------------------------------
 # Exercise 1: wrong
 
@@ -211,6 +227,24 @@ def ar_returns_nothing(x, draw, options):
 def ar_misspelt(x, draw, options):
     return causal(x[:, :options.blocksize], x[:, 1:])
 
+
+@wrong(1, "ar", "positions count on from sequence to sequence: b*T + k")
+def ar_positions_begin_at_0_in_every_row(x, draw, options):
+    T = options.block_size
+    return REFERENCE["ar"](x, draw, options)._replace(positions=np.tile(np.arange(T), len(x)))
+
+
+@wrong(1, "ar", "every position must be scored, but position 16 of sequence 1 is not")
+def ar_without_the_last_position(x, draw, options):
+    batch = REFERENCE["ar"](x, draw, options)
+    kept = batch.positions % options.block_size < max(1, options.block_size - 1)
+    return Batch(batch.inputs, *[field[kept] for field in batch[1:]])
+
+
+@wrong(1, "ar", "inputs must be a NumPy array, not list")
+def ar_lists(x, draw, options):
+    return Batch(*[field.tolist() for field in REFERENCE["ar"](x, draw, options)])
+
 # -----------------------------------------------------------------------------
 # Exercise 2: right. `expectation` is the reference's where a solution only has another sample
 
@@ -300,6 +334,35 @@ def dar_every_offset_equally_often(x, draw, options):
     order = draw.per_sequence(T).argsort(axis=1)
     return with_offsets((order + start) % t + 1, x, options)
 
+
+@right(2, "dar")
+def dar_generator_of_each_sequence(x, draw, options):
+    seeds = [[int(draw.offset), int(index)] for index in draw.indices]
+    s = np.stack([np.random.default_rng(seed).integers(1, options.lookahead, options.block_size, endpoint=True)
+                  for seed in seeds])
+    return with_offsets(s, x, options) if is_sample(options) else REFERENCE["dar"](x, draw, options)
+
+
+@right(2, "dar")
+def dar_largest_of_t_numbers(x, draw, options):
+    T, t = options.block_size, options.lookahead
+    s = 1 + draw.per_sequence(T * t).reshape(len(x), T, t).argmax(axis=2)
+    return with_offsets(s, x, options) if is_sample(options) else REFERENCE["dar"](x, draw, options)
+
+
+@right(2, "dar")
+def dar_shuffled_alternatives(x, draw, options):
+    """All next tokens in random order: of these the first, or all."""
+    T, t = options.block_size, options.lookahead
+    rng = random.Random(int(draw.offset))
+    targets = []
+    for row in x.tolist():
+        for k in range(T):
+            following = row[k + 1:k + 1 + t]
+            rng.shuffle(following)
+            targets.append(following[:1] if is_sample(options) else following)
+    return Batch(x[:, :T].astype(np.int32), np.arange(len(x) * T), np.array(targets), ones(len(targets)))
+
 # -----------------------------------------------------------------------------
 # Exercise 2: wrong
 
@@ -375,6 +438,28 @@ def dar_pairs_of_positions_share_an_offset(x, draw, options):
     return s
 
 
+@wrong_sample("all positions of the batch have the same offset, 3")
+def dar_always_the_farthest(x, draw, options):
+    return options.lookahead
+
+
+@wrong_sample("all sequences of a batch share the same offsets")
+def dar_offsets_in_turn(x, draw, options):
+    return 1 + np.arange(options.block_size) % options.lookahead
+
+
+@wrong_sample("are not equally frequent")
+def dar_offsets_end_with_the_window(x, draw, options):
+    T = options.block_size
+    s = 1 + (draw.per_sequence(T) * options.lookahead).astype(int)
+    return np.minimum(s, np.maximum(1, T - np.arange(T)))
+
+
+@wrong(2, "dar", "all positions of the batch have the same offset, 1")
+def dar_is_ar(x, draw, options):
+    return REFERENCE["ar"](x[:, :options.block_size + 1], draw, options)
+
+
 @wrong(2, "dar", "one offset is drawn per position, but a position has several")
 def dar_sample_is_expectation(x, draw, options):
     return REFERENCE["dar"](x, draw, objectives.replace(options, dar_estimator="expectation"))
@@ -415,6 +500,17 @@ def dar_expectation_without_the_last(x, options):
 def dar_expectation_weighs_the_next_twice(x, options):
     T, t = options.block_size, options.lookahead
     return np.stack([x[:, s:T + s] for s in [1, *range(1, t + 1)]], axis=2)
+
+
+@wrong(2, "dar", "of the 3 targets x[k+1] .. x[k+3]")
+def dar_expectation_drawn_with_replacement(x, draw, options):
+    T, t = options.block_size, options.lookahead
+    if is_sample(options):
+        return REFERENCE["dar"](x, draw, options)
+    s = 1 + (draw.per_sequence(T * t) * t).astype(int).reshape(len(x), T * t)
+    place = np.repeat(np.arange(T), t) + s
+    targets = np.take_along_axis(x, place, axis=1).reshape(-1, t)
+    return Batch(x[:, :T], np.arange(len(targets)), targets, ones(len(targets)))
 
 
 @wrong_expectation("dar: a target")
@@ -470,6 +566,71 @@ def masks_one_by_one(counts, draw, options):
 def masks_torch(counts, draw, options):
     rank = torch.rand(len(counts), options.block_size).argsort(dim=1).argsort(dim=1)
     return (rank < torch.from_numpy(np.asarray(counts))[:, None]).numpy()
+
+
+@right(3, "uniform_masks")
+def masks_random_sample_in_a_tensor(counts, draw, options):
+    masked = torch.zeros(len(counts), options.block_size, dtype=torch.bool)
+    for row, count in zip(masked, counts):
+        row[random.sample(range(options.block_size), int(count))] = True
+    return masked
+
+
+@right(3, "uniform_masks")
+def masks_by_rejection(counts, draw, options):
+    """Each position on its own, again and again until the number is right."""
+    T, rng = options.block_size, np.random.default_rng(int(draw.offset))
+    masked = np.zeros((len(counts), T), dtype=bool)
+    for row, count in zip(masked, counts):
+        while row.sum() != count:
+            row[:] = rng.random(T) < count / T
+    return masked
+
+
+@right(3, "mask_batch")
+def mask_batch_torch(x, masked, slots, draw, options):
+    """Unused slots come first, and point to a position that is scored."""
+    x = torch.tensor(x[:, :options.block_size])
+    hidden = torch.tensor(masked)
+    inputs = x.masked_fill(hidden, options.mask_token)
+    if options.corruption == "bert":
+        u = torch.rand(x.shape)
+        inputs = torch.where(hidden & (u < 0.2), torch.randint(options.vocab_size, x.shape), inputs)
+        inputs = torch.where(hidden & (u < 0.1), x, inputs)
+    positions = hidden.flatten().nonzero()[:, 0]
+    weights = torch.ones(len(positions))
+    if options.normalization == "bound":
+        weights /= hidden.sum(1)[positions // options.block_size]
+    unused = slots - len(positions)
+    positions = torch.cat((positions[:1].expand(unused), positions))
+    weights = torch.cat((torch.zeros(unused), weights / weights.sum()))
+    return Batch(inputs, positions, x.flatten()[positions][:, None], weights)
+
+
+@right(3, "mask_batch")
+def mask_batch_one_random_number(x, masked, slots, draw, options):
+    """One number per position decides what is shown, and which random token."""
+    plain = objectives.replace(options, corruption="mask")
+    batch = REFERENCE["mask_batch"](x, masked, slots, draw, plain)
+    if options.corruption == "mask":
+        return batch
+    u = draw.per_sequence(options.block_size)
+    other = ((u - 0.1) * 10 * options.vocab_size).astype(int) % options.vocab_size
+    shown = np.select([~masked | (u < 0.1), u < 0.2], [x[:, :options.block_size], other], options.mask_token)
+    return batch._replace(inputs=shown)
+
+
+@right(3, "mlm")
+def mlm_shuffles_a_list(x, draw, options):
+    """Masks of its own, and more slots than needed."""
+    T = options.block_size
+    count = max(1, round(T * options.mask_ratio))
+    masked = []
+    for row in x:
+        flags = [True] * count + [False] * (T - count)
+        random.shuffle(flags)
+        masked.append(flags)
+    return objectives.mask_batch(x, np.array(masked), count * len(x) + 7, draw, options)
 
 
 @right(3, "mask_batch")
@@ -602,6 +763,18 @@ def masks_favour_late_positions(counts, draw, options):
     return u.argsort(axis=1).argsort(axis=1) < counts[:, None]
 
 
+@wrong(3, "uniform_masks", "the positions are not masked equally often: position 1 comes 0 times")
+def masks_never_the_first(counts, draw, options):
+    u = draw.per_sequence(options.block_size)
+    u[:, 0] = 2
+    return u.argsort(axis=1).argsort(axis=1) < counts[:, None]
+
+
+@wrong(3, "uniform_masks", "must have counts[0] = 1 masked positions, but has 5")
+def masks_the_complement(counts, draw, options):
+    return ~REFERENCE["uniform_masks"](counts, draw, options)
+
+
 @wrong(3, "uniform_masks", "not all sets of positions are equally likely")
 def masks_argsort_once(counts, draw, options):
     """Every k-th position from a random start: uniform for each position, but few sets occur."""
@@ -661,6 +834,29 @@ def predicts_the_mask_token(batch, x, masked, options):
 @wrong_mask_batch("must predict its own token")
 def predicts_the_next_token(batch, x, masked, options):
     return batch._replace(targets=np.roll(x.ravel(), -1)[batch.positions, None])
+
+
+@wrong_mask_batch("is scored 2 times: a masked token has one slot")
+def scores_the_first_twice(batch, x, masked, options):
+    again = np.r_[0, np.arange(len(batch.positions))]
+    return Batch(batch.inputs, *[field[again] for field in batch[1:]])
+
+
+@wrong_mask_batch("a target is -100: targets are ids of text")
+def targets_of_unused_slots_are_minus_100(batch, x, masked, options):
+    return batch._replace(targets=np.where(batch.weights[:, None] > 0, batch.targets, -100))
+
+
+@wrong_mask_batch("is hidden, but `masked` says visible")
+def hides_the_first_as_well(batch, x, masked, options):
+    inputs = batch.inputs.copy()
+    inputs[:, 0] = options.mask_token
+    return batch._replace(inputs=inputs)
+
+
+@wrong_mask_batch("weights must be float32, not float64")
+def weights_in_float64(batch, x, masked, options):
+    return batch._replace(weights=batch.weights.astype(float))
 
 
 @wrong_mask_batch("all positions are scored, the visible ones too")
@@ -799,6 +995,20 @@ def mlm_rounds_up(x, draw, options):
     return mask_chosen(REFERENCE["uniform_masks"](np.full(len(x), count), draw, options), x, draw, options)
 
 
+@wrong(3, "mlm", "round(0.4 * 16) = 6 positions of every sequence are masked, not 10")
+def mlm_ratio_of_the_visible(x, draw, options):
+    visible = max(1 - options.mask_ratio, 1e-9)
+    return REFERENCE["mlm"](x, draw, objectives.replace(options, mask_ratio=visible))
+
+
+@wrong(3, "mlm", "the number of masked positions varies")
+def mlm_exact_over_the_batch_only(x, draw, options):
+    T = options.block_size
+    count = len(x) * mask_count(options.mask_ratio, T)
+    masked = np.random.permutation(np.arange(len(x) * T) < count).reshape(-1, T)
+    return mask_chosen(masked, x, draw, options)
+
+
 @wrong(3, "mlm", "positions of every sequence are masked")
 def mlm_always_15_percent(x, draw, options):
     return REFERENCE["mlm"](x, draw, objectives.replace(options, mask_ratio=0.15))
@@ -908,6 +1118,26 @@ def vlm_torch_loops(x, draw, options):
     masked = masks_torch(counts.numpy(), draw, options)
     return mask_batch_loops(x, masked, None, draw, options)
 
+
+@right(4, "vlm")
+def vlm_antithetic(x, draw, options):
+    """The second half of the batch gets the opposite of the first half's counts."""
+    low, high = limits(options)
+    u = np.random.default_rng(int(draw.offset)).random((len(x) + 1) // 2)
+    u = np.concatenate((u, 1 - u))[:len(x)]
+    return vlm_of(np.minimum(low + (u * (high - low + 1)).astype(int), high), x, draw, options)
+
+
+@right(4, "vlm")
+def vlm_plain_python(x, draw, options):
+    T = options.block_size
+    masked = []
+    for row in x:
+        count = max(1, round(random.uniform(*options.mask_range) * T))
+        chosen = set(random.sample(range(T), count))
+        masked.append([k in chosen for k in range(T)])
+    return objectives.mask_batch(x, np.array(masked), len(x) * T, draw, options)
+
 # -----------------------------------------------------------------------------
 # Exercise 4: wrong
 
@@ -956,6 +1186,33 @@ def vlm_without_the_highest_count(x, draw, options):
 def vlm_one_count_too_many(x, draw, options):
     low, high = limits(options)
     return uniform_count(low, high + 1, draw.per_sequence(1)[:, 0])
+
+
+@wrong_vlm("the most masked positions of 800 sequences are 11, but")
+def vlm_ratio_rounded_down(x, draw, options):
+    low, high = options.mask_range
+    return (low + (high - low) * draw.per_sequence(1)[:, 0]) * options.block_size
+
+
+@wrong_vlm("the fewest masked positions of 800 sequences are 5, but")
+def vlm_ratio_rounded_up(x, draw, options):
+    low, high = options.mask_range
+    return np.ceil((low + (high - low) * draw.per_sequence(1)[:, 0]) * options.block_size)
+
+
+@wrong_vlm("masked positions, but mask_range 0.15 1.0 of 16 positions is 2..16")
+def vlm_ratio_of_the_visible(x, draw, options):
+    return options.block_size - uniform_count(*limits(options), draw.per_sequence(1)[:, 0])
+
+
+@wrong_vlm("the number of masked positions is always 2")
+def vlm_uses_mask_ratio(x, draw, options):
+    return mask_count(options.mask_ratio, options.block_size)
+
+
+@wrong_vlm("the mask ratio is not uniform")
+def vlm_sorted_counts(x, draw, options):
+    return np.sort(uniform_count(*limits(options), draw.per_sequence(1)[:, 0]))
 
 
 @wrong_vlm("the mask ratio is not uniform")
@@ -1007,6 +1264,7 @@ def spoilt_vlm(masks):
 
 
 wrong(4, "vlm", "vlm: the same positions are masked in every sequence")(spoilt_vlm(masks_first_positions))
+wrong(4, "vlm", "vlm: the same positions are masked in every sequence")(spoilt_vlm(masks_same_for_all_rows))
 wrong(4, "vlm", "vlm: the masked positions are always neighbours")(spoilt_vlm(masks_spans))
 wrong(4, "vlm", "vlm: the positions are not masked equally often")(spoilt_vlm(masks_favour_late_positions))
 

@@ -94,8 +94,41 @@ def attention_fused(q, k, v, causal, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
+def attention_with_added_bias(q, k, v, causal, mask):
+    """-inf is added; one matrix product for all heads; causal and mask together are refused."""
+    assert not (causal and mask is not None)
+    B, H, T, D = q.shape
+    S = k.size(2)
+    bias = torch.zeros(T, S)
+    if causal:
+        bias.masked_fill_(torch.arange(S) > torch.arange(T)[:, None], float("-inf"))
+    if mask is not None:
+        bias = bias + torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    scores = torch.bmm(q.reshape(B * H, T, D), k.reshape(B * H, S, D).transpose(1, 2)).view(B, H, T, S)
+    return torch.softmax(scores / math.sqrt(D) + bias, dim=-1) @ v
+
+
+def attention_key_by_key(q, k, v, causal, mask):
+    """The softmax built up as the keys come, as fast kernels do."""
+    visible = visible_keys(q, k, causal, mask)
+    largest = torch.full((*q.shape[:3], 1), -1e30)
+    total, mean = torch.zeros(*q.shape[:3], 1), torch.zeros(*q.shape[:3], v.size(-1))
+    for s in range(k.size(2)):
+        sees = visible[..., s:s + 1]
+        score = (q * k[:, :, s:s + 1]).sum(-1, keepdim=True) / q.size(-1) ** 0.5
+        score = torch.where(sees, score, torch.tensor(-1e30))
+        larger = torch.maximum(largest, score.detach())
+        shrink = (largest - larger).exp()
+        part = (score - larger).exp() * sees
+        total = total * shrink + part
+        mean = mean * shrink + part * v[:, :, s:s + 1]
+        largest = larger
+    return mean / total
+
+
 @pytest.mark.parametrize("solution", [attention_by_loops, attention_by_einsum, attention_by_hand,
-                                      attention_by_rows, attention_fused])
+                                      attention_by_rows, attention_fused, attention_with_added_bias,
+                                      attention_key_by_key])
 def test_right_attention_passes(monkeypatch, solution):
     assert first_failure(monkeypatch, "attention", solution) is None
 
@@ -171,6 +204,21 @@ def without_gradient(q, k, v, causal, mask):
     return torch.tensor(almost()(q, k, v, causal, mask).tolist())
 
 
+def mask_transposed(scores, causal, mask):
+    return only_causal(scores if mask is None else scores.masked_fill(~mask.mT, -math.inf), causal, None)
+
+
+def mask_added(scores, causal, mask):
+    return only_causal(scores if mask is None else scores + mask.float(), causal, None)
+
+
+def either_is_enough(scores, causal, mask):
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if causal else None
+    seen = [part for part in (past, mask) if part is not None]
+    visible = seen[0] if len(seen) == 1 else past | mask if seen else torch.tensor(True)
+    return scores.masked_fill(~visible, -math.inf)
+
+
 @pytest.mark.parametrize("solution, words", [
     (almost(scale=lambda q: 1.0), "not scaled: divide them by sqrt(D)"),
     (almost(scale=lambda q: 1 / q.size(-1)), "q k^T times 0.0625: it must be 1/sqrt(D)"),
@@ -188,6 +236,12 @@ def without_gradient(q, k, v, causal, mask):
     (almost(hide=only_causal), "which the mask hides (False): masked keys must get no weight"),
     (almost(hide=score_zero), "which the mask hides (False): masked keys must get no weight"),
     (almost(hide=mask_inverted), "the mask is read the wrong way round"),
+    (almost(hide=mask_transposed), "The last axis of the mask is that of the keys"),
+    (almost(hide=mask_added), "which the mask hides (False): masked keys must get no weight"),
+    (almost(hide=either_is_enough), "a key must be visible by both"),
+    (almost(after=lambda weights, hidden: (~hidden).float() / (~hidden).sum(dim=-1, keepdim=True)),
+     "all keys get the same weight"),
+    (almost(after=lambda weights, hidden: F.dropout(weights, 0.2)), "do not sum to 1 over the keys"),
     (almost(hide=lambda scores, causal, mask: scores, after=lambda weights, hidden: weights * ~hidden),
      "hide keys before the softmax, with the score -inf, not after it"),
     (almost(apply=lambda weights, v: weights), "the weights (B, H, T, S): they must still be applied"),
@@ -272,16 +326,32 @@ def zero_logits_for_padding(hidden, weight, targets, weights, vocab_size):
     return -(weights * logits.log_softmax(dim=-1).gather(1, targets).mean(dim=1)).sum()
 
 
+def raw_logits(hidden, weight, targets, weights, vocab_size):
+    return -(weights * (hidden @ weight[:vocab_size].T).gather(1, targets).mean(dim=1)).sum()
+
+
+def softmax_twice(hidden, weight, targets, weights, vocab_size):
+    probabilities = (hidden @ weight[:vocab_size].T).softmax(dim=-1)
+    losses = [F.cross_entropy(probabilities, column, reduction="none") for column in targets.T]
+    return (weights * torch.stack(losses).mean(dim=0)).sum()
+
+
 @pytest.mark.parametrize("solution, words", [
     (ignores_token_0, "0 is an ordinary token"),
     (zero_logits_for_padding, "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: None), "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: vocab_size + 1), "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: vocab_size - 1), "the last id is missing"),
-    (nearly(axis=0), "is the softmax over the wrong axis?"),
+    (nearly(axis=0), "is the softmax missing or over the wrong axis?"),
     (nearly(combine=lambda chosen: -chosen.sum(dim=1)), "must be averaged"),
     (nearly(combine=lambda chosen: -chosen.exp().mean(dim=1).log()), "average their log-probabilities"),
     (nearly(combine=lambda chosen: -chosen[:, 0]), "only the first of the K targets"),
+    (nearly(combine=lambda chosen: -chosen.amax(dim=1)), "the mean over the three is"),
+    (raw_logits, "is the softmax missing or over the wrong axis?"),
+    (softmax_twice, "the softmax is taken twice"),
+    (lambda hidden, weight, targets, weights, vocab_size:
+     nearly()(hidden, weight, (targets + 1) % vocab_size, weights, vocab_size),
+     "the loss is that of the id +1 from the target"),
     (nearly(combine=lambda chosen: -chosen.mean(dim=1) / math.log(2)), "the loss is in bits"),
     (nearly(combine=lambda chosen: chosen.mean(dim=1)), "the loss is negative"),
     (nearly(combine=lambda chosen: chosen.exp().mean(dim=1)), "it must be log 64 = 4.159 nats"),

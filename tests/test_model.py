@@ -59,6 +59,8 @@ def run_attention(q, k, v, causal=False, mask=None):
     explain(all(torch.equal(a, b) for a, b in zip(given, [q, k, v])),
             "attention changes q, k or v, which it was given: work on new tensors")
     hint = ": does the first query see a key? Its own position is visible" if causal else ""
+    if mask is not None:
+        hint = ": does a query see no key at all? The last axis of the mask is that of the keys"
     explain(y.isfinite().all(), f"attention gives nan or inf{hint}")
     return y
 
@@ -116,8 +118,9 @@ def test_attention_is_a_softmax_over_the_keys():
     axes = {0: "sequences of the batch", 1: "heads", 2: "queries"}
     explain(weights.min() > -1e-6,
             "some weights are negative: is there a softmax over the scores?")
+    sums_to_one = (weights.sum(dim=-1) - 1).abs().max() < 1e-4
     for axis, name in axes.items():
-        explain((weights.sum(dim=axis) - 1).abs().max() > 1e-4,
+        explain(sums_to_one or (weights.sum(dim=axis) - 1).abs().max() > 1e-4,
                 f"the softmax is over the wrong axis: weights sum to 1 over the {name}, not "
                 "over the keys")
     worst = (weights.sum(dim=-1) - 1).abs().max().item()
@@ -157,6 +160,8 @@ def test_attention_scores_are_scaled():
     scale = ((scores * logs).sum() / scores.square().sum()).item()
     rest = (logs - scale * scores).abs().max().item()
 
+    explain(logs.abs().max() > 1e-3,
+            "all keys get the same weight, whatever q and k are: the scores must be q k^T")
     explain(rest < 1e-2,
             "the weights are not a softmax of the dot products q k^T of each query with the "
             "keys of its own head and sequence")
@@ -299,8 +304,8 @@ def test_loss_of_a_uniform_guess_is_log_vocab_size_nats():
     explain(loss > -1e-5,
             f"the loss is negative ({loss:.3f}): it is minus the log-probability")
     explain(not near(loss, 0),
-            "the loss of a uniform guess is 0: is the softmax over the wrong axis? It must "
-            "be over the vocabulary")
+            "the loss of a uniform guess is 0: is the softmax missing or over the wrong axis? "
+            "It must be over the vocabulary")
     explain(not near(loss, math.log(63)),
             "the loss of a uniform guess among 64 ids is log 63: the last id is missing (ids "
             "are 0 .. vocab_size-1)")
@@ -319,7 +324,7 @@ def test_mask_token_and_padding_have_no_probability():
             "unused")
     total = sum(math.exp(-loss) for loss in losses)
     explain(total > 1 - 1e-4,
-            f"the probabilities of the text ids sum to {total:.3f}, not to 1: the mask token "
+            f"the probabilities of the text ids sum to {total:.5f}, not to 1: the mask token "
             "or padding gets probability. Ids from vocab_size on must have the logit -inf")
     explain(total < 1 + 1e-4,
             f"the probabilities of the text ids sum to {total:.3f}, not to 1: is the softmax "
@@ -331,6 +336,13 @@ def test_loss_is_that_of_the_target():
     hidden, weight, targets, _, vocab_size = loss_inputs(1, 1)
     loss = run_loss(hidden, weight, targets, torch.ones(1), vocab_size)
     expected = losses_of_targets(hidden, weight, targets, vocab_size).item()
+    twice = (hidden @ weight[:vocab_size].T).softmax(dim=-1)
+    twice = F.cross_entropy(twice, targets[:, 0]).item()
+    explain(not near(loss, twice),
+            "the softmax is taken twice: F.cross_entropy and log_softmax want logits, not probabilities")
+    for shift in (-1, 1):
+        other = losses_of_targets(hidden, weight, (targets + shift) % vocab_size, vocab_size).item()
+        explain(not near(loss, other), f"the loss is that of the id {shift:+d} from the target")
     explain(near(loss, expected),
             f"the loss of one position with one target is {loss:.4f}: -log softmax(hidden "
             f"weight^T)[target] is {expected:.4f}")

@@ -72,7 +72,8 @@ def offset_shares(batch, x, options, most):
             f"{name}: every target is the token at its own position, which the model sees: "
             "position k must predict what follows x[k]")
     explain((target_row == row[:, None]).all(),
-            f"{name}: a target comes from another sequence of the batch")
+            f"{name}: a target comes from another sequence of the batch (positions count on from sequence to "
+            "sequence: b*T + k)")
 
     # How far ahead it lies
     n = offsets.min(axis=1).argmin()

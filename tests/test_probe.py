@@ -56,10 +56,9 @@ def planted(n, seed):
     return torch.from_numpy(X).float(), (X[:, 0] * 1e3 + X[:, 7] * 1e-4 > 0.8).astype(int)
 
 
-@pytest.mark.exercise8
 def test_planted_signal_is_found_and_shuffled_labels_give_the_majority_rate():
-    (X, y), (test, test_y) = planted(2000, 0), planted(1000, 1)
-    groups = np.arange(2000)
+    (X, y), (test, test_y) = planted(1000, 0), planted(1000, 1)
+    groups = np.arange(1000)
     (found,), fit = probe.probe(X, y, groups, [test], 2, accuracy)
     assert np.mean(found == test_y) > 0.97 and fit["gradient"] <= probe.TOLERANCE
     shuffled = np.random.default_rng(2).permutation(y)
@@ -99,7 +98,6 @@ def by_strength(make, n, strengths):
     return result
 
 
-@pytest.mark.exercise8
 @pytest.mark.parametrize("make, good, bad", [(weak, 1.0, 1e-4), (strong, 1e-4, 1.0)])
 def test_the_strength_matters_and_is_chosen_on_examples_that_were_not_fitted(make, good, bad):
     """Chosen on what was fitted, it would always be the weakest: wrong for `weak`. A fixed strong one is
@@ -168,13 +166,6 @@ def test_tenths_keep_groups_together():
     assert np.bincount(tenth[:, 0]).tolist() == [10] * 10 + [5]
     out = probe.held_out(groups).reshape(105, 7)
     assert (out.all(1) == out.any(1)).all() and out[:, 0].sum() == 10
-
-
-@pytest.mark.exercise8
-def test_a_class_that_never_occurs_in_training_does_no_harm():
-    X, y = planted(200, 0)
-    (p,), _ = probe.probe(X, y, np.arange(200), [X], 3, accuracy)
-    assert set(p) <= {0, 1}
 
 # -----------------------------------------------------------------------------
 # Leading directions

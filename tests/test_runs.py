@@ -3,25 +3,29 @@ A run stays true: its flags, its data, its folder, its log and its end. Subproce
 
     python -m pytest tests/test_runs.py
 """
+import ast
 import json
-import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_train import (ROOT, TINY, assert_same, call, data_dir, log_of, one_thread, resume, run,  # noqa: F401
                         run_script, torchrun, train, weights_of)
 
 import flags
+import run as runs
 import train as script
-from common import read_config
+from common import hold, load_checkpoint, read_config, source_digests
+from objectives import OBJECTIVES
+from run import flags_in_force
 
 # -----------------------------------------------------------------------------
 # Flags
@@ -63,12 +67,12 @@ def test_every_option_of_an_objective_is_fixed_and_every_flag_is_saved(finished)
     saved = read_config(finished)["train"]
     known = {action.dest for action in flags.build_parser()._actions} - {"help", "resume", "overwrite", "out_dir"}
     assert set(saved) == known
-    assert {"mask_ratio", "mask_range", "lookahead", "dar_estimator", "corruption", "normalization"} <= set(flags.FIXED)
+    assert {"mask_ratio", "mask_range", "lookahead", "dar_estimator", "corruption", "normalization", "train_tokens"} <= set(flags.FIXED)
 
 
 def test_a_device_picked_automatically_is_picked_again(data_dir, tmp_path):
     args = flags.parse_args(["--data_dir", str(data_dir), "--out_dir", str(tmp_path / "out"), "--dataset", "toy"])
-    assert args.device != "auto" and script.flags_in_force(args)["device"] == "auto"
+    assert args.device != "auto" and flags_in_force(args)["device"] == "auto"
 
 # -----------------------------------------------------------------------------
 # Data
@@ -100,7 +104,7 @@ def test_changed_code_is_named(run, tmp_path):
     out, _ = resume(tmp_path / "out", "--max_iters", "2")
     assert "objectives.py changed" in out
     sources = read_config(tmp_path / "out")["sources"]
-    assert sources == {**script.source_digests(), "objectives.py": "changed during the run"}
+    assert sources == {**source_digests(), "objectives.py": "changed during the run"}
 
 # -----------------------------------------------------------------------------
 # The folder
@@ -121,7 +125,74 @@ def test_overwrite_removes_old_results(run, tmp_path):
         (tmp_path / "out" / name).write_text("{}")
     run("--max_iters", "1", "--overwrite")
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"ckpt.pt", "config.json", "log.jsonl", "tokenizer.json", "unigram.npy", "notes.txt", ".lock"}
+    assert left == {"ckpt.pt", "config.json", "log.jsonl", "tokenizer.json", "unigram.npy", "notes.txt"}
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def test_an_old_run_is_whole_until_the_first_checkpoint_of_the_new_one(run, data_dir, tmp_path):
+    folder = tmp_path / "out"
+    run("--max_iters", "1", "--objective", "ar")
+    (folder / "eval_glue.json").write_text("{}")
+    before = files_in(folder)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", folder, "--overwrite",
+         "--objective", "mlm", "--n_embd", "16", "--max_iters", "1000000", "--save_interval", "1000000",
+         "--eval_interval", "1000000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(folder / ".new" / "log.jsonl", process)
+    process.kill()
+    process.wait()
+    assert files_in(folder) == before
+    load_checkpoint(folder)
+
+    # The next run removes what is left, whether it continues the old one or replaces it
+    resume(folder, "--max_iters", "2")
+    assert not (folder / ".new").exists() and len(log_of(folder)) == 2
+    run("--max_iters", "1", "--objective", "mlm", "--n_embd", "16", "--overwrite")
+    assert set(files_in(folder)) == {"ckpt.pt", "config.json", "log.jsonl", "tokenizer.json", "unigram.npy"}
+    assert load_checkpoint(folder)[0].config.n_embd == 16 and len(log_of(folder)) == 1
+
+
+def test_files_of_two_runs_never_make_a_checkpoint(tmp_path, monkeypatch):
+    """Killed before any of its steps: the folder is one run, or the other, or none, and the next does the rest."""
+    old = {"config.json", "ckpt.pt", "log.jsonl", "tokenizer.json", "unigram.npy", "eval_glue.json"}
+    new = {"config.json", "ckpt.pt", "log.jsonl", "tokenizer.json"}
+    steps = [0]
+
+    class Killed(BaseException):
+        pass
+
+    def counted(function):
+        def call(*args):
+            if steps[0] == 0:
+                raise Killed
+            steps[0] -= 1
+            return function(*args)
+        return call
+
+    for kill_before in range(20):
+        folder = tmp_path / str(kill_before)
+        for place, names in [(folder, old), (folder / ".new", new)]:
+            place.mkdir()
+            for name in names:
+                (place / name).write_text(str(place == folder))
+        with monkeypatch.context() as patched:
+            steps[0] = kill_before
+            for name in ("remove", "replace", "rename"):
+                patched.setattr(os, name, counted(getattr(os, name)))
+            try:
+                runs.replace_older(str(folder))
+            except Killed:
+                pass
+        if (folder / "ckpt.pt").exists() and (folder / "config.json").exists():
+            texts = {(folder / name).read_text() for name in runs.RUN_FILES if (folder / name).exists()}
+            assert len(texts) == 1, kill_before
+        runs.finish_replacing(str(folder))
+        assert {name: text.decode() for name, text in files_in(folder).items()} == dict.fromkeys(new, "False")
+        assert not (folder / ".new").exists()
+    assert steps[0] > 0, "it was never finished without a kill"
 
 
 def test_a_second_process_in_the_folder_is_refused(data_dir, tmp_path):
@@ -166,6 +237,12 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(run, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, err = run("--max_iters", "1", out="file/out", code=2)
+    assert "file/out cannot be made" in err and err.count("\n") == 1
+
+
 def test_a_run_that_never_saved_is_one_line(run, tmp_path):
     run("--max_iters", "1")
     (tmp_path / "out" / "ckpt.pt").unlink()
@@ -194,6 +271,69 @@ def test_a_signal_saves_at_once_whatever_the_log_interval(data_dir, tmp_path, nu
     assert process.returncode == 128 + number
     assert "saved; resume with: python train.py --resume --out_dir" in out
     assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] >= 5
+
+
+def begin(*args, **options):
+    """train.py in a process of its own, which can be sent a signal."""
+    return subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def assert_stopped(process, number):
+    """One line on stderr, exit code 128 + number."""
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert err == f"stopped by {number.name}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_while_the_data_is_prepared_is_one_line(tmp_path, number):
+    process = begin("--preset", "tiny", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out")
+    wait_for(tmp_path / "data" / "stdlib" / "new", process)
+    process.send_signal(number)
+    assert_stopped(process, number)
+    assert not list((tmp_path / "data").rglob("*.npy")) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_compiled_is_one_line(data_dir, tmp_path, number):
+    process = begin(*TINY, "--compile", "on", "--data_dir", data_dir, "--out_dir", tmp_path / "out",
+                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    while "compiling" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(2)
+    process.send_signal(number)
+    assert_stopped(process, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_does_not_wait_for_a_long_validation(data_dir, tmp_path, processes):
+    """The validation takes a minute, and torchrun kills 30 s after SIGTERM."""
+    command = [sys.executable] if processes == 1 else torchrun(2, 5)
+    process = subprocess.Popen(
+        [*command, ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
+         "--eval_sequences", "80000", "--eval_interval", "3", "--max_iters", "6"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers = [process.pid]
+    try:
+        wait_for(tmp_path / "out" / "log.jsonl", process)
+        if processes > 1:
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        while len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) < 2:
+            time.sleep(0.01)
+        time.sleep(1)
+        process.terminate()
+        wait_for(tmp_path / "out" / "ckpt.pt", process, 10)
+        assert process.poll() is None, "the validation was already over"
+    finally:
+        for worker in workers:                              # as torchrun does after 30 s
+            os.kill(int(worker), signal.SIGKILL)
+        process.wait()
+    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 3
+    resume(tmp_path / "out", "--eval_sequences", "8")
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [1, 2, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -228,7 +368,7 @@ def test_a_screen_with_few_characters_does_not_end_the_run(data_dir, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *TINY, "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out",
          "--max_iters", "2"],
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -270,7 +410,7 @@ def test_no_thread_of_the_process_group_meets_the_end_of_the_interpreter(data_di
 @pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
 def test_a_refusal_ends_all_processes_without_a_traceback(run, data_dir, tmp_path, flag):
     run("--max_iters", "1", "--objective", "ar")
-    with script.hold(tmp_path / "out"):
+    with hold(tmp_path / "out"):
         done = subprocess.run(
             [*torchrun(2, 4), ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
              "--objective", "ar", flag, "--max_iters", "2"],
@@ -279,3 +419,86 @@ def test_a_refusal_ends_all_processes_without_a_traceback(run, data_dir, tmp_pat
     assert done.returncode != 0 and ours.count("another process is working in") == 1, done.stderr
     assert "[rank" not in done.stderr, "a traceback of a process"
     assert (tmp_path / "out" / "ckpt.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, message", [
+    ("--dataset nowhere", "there is no dataset"), ("--n_head 3", "n_head"), ("--lookahead x", "lookahead"),
+    ("--resume", "holds no checkpoint"), ("--block_size 16384 --batch_tokens 131072", "window")])
+def test_an_error_is_said_once_in_all(data_dir, tmp_path, flags, message):
+    done = subprocess.run(
+        [*torchrun(2, 6), ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
+         *flags.split()], capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode != 0 and len(errors) == 1 and message in errors[0], done.stderr
+    assert "[rank" not in done.stderr, "a traceback of a process"
+
+
+def test_an_objective_whose_slots_vary_needs_eager_code(run, tmp_path, monkeypatch):
+    vlm = OBJECTIVES["vlm"]
+
+    def slots_as_needed(x, draw, options):
+        batch = vlm.batch(x, draw, options)
+        used = batch.weights > 0
+        return batch._replace(positions=batch.positions[used], targets=batch.targets[used],
+                              weights=batch.weights[used])
+
+    monkeypatch.setitem(OBJECTIVES, "vlm", vlm._replace(batch=slots_as_needed))
+    _, err = run("--max_iters", "2", "--compile", "auto", code=2)
+    assert "changes from" in err and "--compile off" in err and err.count("\n") == 1
+    run("--max_iters", "2", "--compile", "off")
+
+# -----------------------------------------------------------------------------
+# Characters
+
+ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.slow
+def test_every_script_runs_where_the_screen_has_few_characters(tmp_path):
+    """Text, names of files and of folders in Japanese: none of it is in ascii or cp1252."""
+    texts = [tmp_path / f"\u65e5\u672c{i}.txt" for i in range(40)]
+    for i, path in enumerate(texts):
+        lines = "".join(f"\u65e5\u672c\u8a9e and \u00e9t\u00e9 \u2713 in line {j} of {i}\n" for j in range(20))
+        path.write_text(lines, encoding="utf-8")
+    task = tmp_path / "glue" / "RTE"
+    task.mkdir(parents=True)
+    for name in ("train.tsv", "dev.tsv"):
+        rows = [f"{i}\t\u65e5\u672c{'ab'[i % 2]}\t\u8a9e\t{['entailment', 'not_entailment'][i % 2]}\n" for i in range(60)]
+        (task / name).write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(rows), encoding="utf-8")
+
+    def call_script(name, *args):
+        done = subprocess.run([sys.executable, ROOT / name, *map(str, args)], capture_output=True, cwd=tmp_path,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **ASCII})
+        assert done.returncode == 0, (name, done.stderr[-2000:].decode("utf-8", "replace"))
+
+    folder = tmp_path / "\u00e9t\u00e9 \u65e5\u672c"
+    data_flags = ["--dataset", "toy", "--data_dir", folder]
+    call_script("data.py", *data_flags, "--tokenizer", "bytes", "--val_fraction", "0.2", "--files", *texts)
+    call_script("dev/overlap.py", *data_flags)
+    call_script("train.py", *TINY, "--data_dir", folder, "--out_dir", folder / "vlm", "--max_iters", "2")
+    call_script("sample.py", "--checkpoint", folder / "vlm", "--prompt", "\u65e5\u672c", "--watch")
+    call_script("eval_ppl.py", "--checkpoint", folder / "vlm", "--val", "--max_windows", "2")
+    call_script("eval_glue.py", "--checkpoint", folder / "vlm", "--tasks", "RTE", "--glue_dir", tmp_path / "glue")
+    words = shlex.join([*TINY, "--max_iters", "2", "--data_dir", str(folder)])
+    call_script("compare.py", "--runs", "vlm", "--seeds", "0", "--train", words, "--out_dir", folder / "compare", "--eval_ppl", "none", "--eval_glue", "none")
+
+
+def test_text_files_are_opened_as_utf8():
+    """Without encoding= Python takes that of the system, which on Windows is not UTF-8."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("dev/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and is_text_file(node):
+                assert "encoding" in [keyword.arg for keyword in node.keywords], \
+                    f"{path.name}, line {node.lineno}: {ast.unparse(node)}"
+
+
+def is_text_file(call):
+    """Whether a call opens, reads or writes a file as text."""
+    if isinstance(call.func, ast.Name) and call.func.id == "open":
+        mode = ast.unparse(call.args[1]) if len(call.args) > 1 else "r"
+        return "b" not in mode
+    if isinstance(call.func, ast.Attribute):
+        encoding = {"read_text": 0, "write_text": 1}.get(call.func.attr)    # its place among the arguments
+        return encoding is not None and len(call.args) <= encoding
+    return False

@@ -5,11 +5,13 @@ sample.py against explicit loops, enumerated probabilities, and its command line
 """
 import io
 import itertools
+import math
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -487,3 +489,41 @@ def test_prompt_or_infill(checkpoints):
 def test_generate_refuses(kwargs):
     with pytest.raises(ValueError):
         generate(tiny(False), **{**dict(prompt_ids=PROMPT, max_new_tokens=3), **kwargs})
+
+# -----------------------------------------------------------------------------
+# What train.py prints at its end
+
+@pytest.fixture
+def encoding(tmp_path):
+    """Bytes: a token per character of ASCII text."""
+    tokenizer.save_tokenizer("bytes", tmp_path)
+    return tokenizer.load_tokenizer(tmp_path)
+
+
+def ids_of(encoding, text):
+    return np.array(encoding.encode_ordinary(text))
+
+
+def test_half_of_the_tokens_are_masked_and_line_ends_stay(encoding):
+    text = "a\nb\nc\nd\none line of text\nand another, longer one"
+    shown, filled = sample.half_masked(tiny(False, encoding.n_vocab, 64), encoding, text)
+    assert len(shown) == len(text) and shown.count("_") == math.ceil((len(text) - 5) / 2)
+    assert all(a == b or (a == "_" and b != "\n") for a, b in zip(shown, text))
+    assert filled != text and filled.count("\n") >= 5
+
+
+def test_example_lines_are_successive_and_short_enough(encoding):
+    good = [f"line number {i} of the text" for i in range(5)]
+    ids = ids_of(encoding, "\n".join(["short", "x" * 100, *good]))
+    assert sample.example_lines(encoding, ids, 256) == good[:3]
+    assert sample.example_lines(encoding, ids, 256, n=2) == good[:2]
+    assert sample.example_lines(encoding, ids_of(encoding, "a " * 100), 256) == [("a " * 24).strip()] * 3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_demonstration_continues_and_fills(encoding, causal):
+    ids = ids_of(encoding, "a line of some words, number one\n" * 5)
+    text = sample.demonstration(tiny(causal, encoding.n_vocab, 128), encoding, [ids], masked=not causal)
+    assert text.count("continued by the model") == (2 if causal else 1)
+    assert text.count("filled in by the model") == (0 if causal else 1)
+    assert "--- 'a line of some' continued by the model\na line of some" in text

@@ -24,6 +24,7 @@ import flags
 import objectives
 import train as script
 from common import load_checkpoint
+from run import say_passes
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--dataset toy --n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --batch_tokens 256 "
@@ -171,7 +172,7 @@ def test_micro_batches_do_not_change_the_run(runs, objective):
 @pytest.mark.parametrize("objective", ["dar", "vlm"])
 @pytest.mark.slow
 def test_two_processes_are_one(runs, data_dir, tmp_path, objective):
-    flags = ("--objective", objective, "--optimizer", "adamw")
+    flags = ("--objective", objective, "--optimizer", "adamw", "--eval_sequences", "11")     # 3 batches for 2
     two = train(data_dir, tmp_path / "out", *flags, command=torchrun(2))
     assert_same(runs(*flags), two, 2e-5)
     for a, b in zip(runs(*flags)[0], two[0]):
@@ -383,10 +384,10 @@ def test_presets_do_not_go_over_their_corpus_more_than_four_times():
 def test_many_passes_are_warned_of(capsys):
     args = flags.build_parser().parse_args(["--max_iters", "100", "--batch_tokens", "1000"])
     begun = {"step": 0, "tokens": 0}
-    script.say_passes(args, begun, 20_000)
+    say_passes(args, begun, 20_000)
     out = capsys.readouterr().out
     assert "5 passes" in out.splitlines()[0] and "warning" in out
-    script.say_passes(args, begun, 30_000)
+    say_passes(args, begun, 30_000)
     assert "warning" not in capsys.readouterr().out
 
 
