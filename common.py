@@ -96,6 +96,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line. A wrong flag is one line on stderr and exit code 2."""
+    def __init__(self, description, **how):
+        super().__init__(description=description, formatter_class=Help, **how)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
 def align(rows):
     """Rows of equally many strings as one text: the first column to the left, the others to the right.
 

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import flags
 import objectives
 import report
-from common import (Help, as_json, check_plot, file_sha256, one_line_errors, read_checkpoint, read_result,
+from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, read_checkpoint, read_result,
                     source_digests, weights_digest, write_atomically, write_json)
 from objectives import OBJECTIVES
 
@@ -99,7 +99,6 @@ def git_state():
     except OSError:                                         # no git
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": None if changes is None else changes != ""}
-
 
 # -----------------------------------------------------------------------------
 # Settings and runs
@@ -167,7 +166,7 @@ def make_runs(settings, args):
 # What is left to do. A run belongs to its code, data and flags, a result to the weights
 
 EVALUATION_CODE = ["eval_ppl.py", "texts.py", "eval_glue.py", "features.py", "probe.py", "finetune.py",
-                   "glue_data.py", "spectrum.py"]
+                   "glue_data.py", "spectrum.py", "cooccurrence.py"]
 
 # Flags that do not change what a run learns
 FREE = ["out_dir", "data_dir", "resume", "overwrite", "device", "compile", "save_interval", "log_interval"]
@@ -409,7 +408,7 @@ def collect(run, args, tests):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--runs", nargs="+", default=list(OBJECTIVES), metavar="SETTING",
                    help="an objective and flags of train.py, each setting in quotes")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],

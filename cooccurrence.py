@@ -17,7 +17,6 @@ the claim fails is printed beside it. spectrum.py measures the same singular val
     python cooccurrence.py --part 3                 # one of them
     python cooccurrence.py --plot theory.png        # all of them, and a figure (needs matplotlib)
 """
-import argparse
 import math
 import os
 from itertools import combinations
@@ -26,7 +25,7 @@ if __name__ == "__main__":              # small matrices: threads would only wai
     os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
 
-from common import Help, check_plot, one_line_errors, save_figure
+from common import Parser, check_plot, one_line_errors, save_figure
 
 # -----------------------------------------------------------------------------
 # The language, and the objectives as lists of (visible positions S, target position j, probability)
@@ -63,9 +62,12 @@ def ar(n, lengths):
 
 def dar(n, lengths, t):
     """See the first k, predict one of the next t (of those that exist), uniformly."""
-    return [(tuple(range(k)), j, 1 / len(lengths) / min(t, n - k))
-            for k in lengths
-            for j in range(k, min(k + t, n))]
+    pairs = []
+    for k in lengths:
+        targets = range(k, min(k + t, n))
+        weight = 1 / len(lengths) / len(targets)
+        pairs += [(tuple(range(k)), j, weight) for j in targets]
+    return pairs
 
 
 def mlm(n, k):
@@ -75,10 +77,12 @@ def mlm(n, k):
 
 def vlm(n, lengths):
     """As mlm, with k uniform in `lengths`. This is normalization "bound" of objectives.py."""
-    return [(S, j, 1 / len(lengths) / math.comb(n, k) / (n - k))
-            for k in lengths
-            for S in combinations(range(n), k)
-            for j in range(n) if j not in S]
+    pairs = []
+    for k in lengths:
+        weight = 1 / len(lengths) / math.comb(n, k) / (n - k)
+        for S in combinations(range(n), k):
+            pairs += [(S, j, weight) for j in range(n) if j not in S]
+    return pairs
 
 
 def short_contexts():
@@ -93,30 +97,30 @@ def short_contexts():
 # -----------------------------------------------------------------------------
 # The matrix and its spectrum
 
-def cooccurrence(P, pairs, ctx_pos=True, tgt="none"):
+def cooccurrence(P, pairs, tgt="none"):
     """A (R, V): A[c, y] = sum of w(S, j) P(x_S = c, x_j = y) over `pairs`. P (V,)*n: texts.
 
-    Rows: set S after set S in the order of `pairs`, within a set the tokens at S lexicographically.
-    Two modelling choices decide what is true of the singular values:
+    Rows: set S after set S in the order of `pairs`, within a set the tokens at S lexicographically. A
+    context shows which positions it has, as a masked input does.
 
-    ctx_pos  A context shows which positions it has, as a masked input does. False: only its tokens.
-    tgt      Where the target's position lives. "none": forgotten, the target is a token.
-             "col": in the target, A is (R, n*V). "row": in the context, which then says which
-             position is asked for, as a Transformer's does.
+    tgt says where the target's position lives, which decides what is true of the singular values. "none":
+    forgotten, the target is a token. "col": in the target, A is (R, n*V). "row": in the context, which then
+    says which position is asked for, as a Transformer's does.
     """
-    n, blocks = P.ndim, {}
+    n = P.ndim
+    blocks = {}
     for S, j, weight in pairs:
         # P(tokens at S, token at j)
         other = tuple(i for i in range(n) if i not in S and i != j)
         seen = sorted((*S, j))
         block = np.moveaxis(P.sum(axis=other), seen.index(j), -1)           # (V,)*|S| + (V,)
-        block = weight * block.reshape(-1, P.shape[j])                          # (V^|S|, V)
+        block = weight * block.reshape(-1, P.shape[j])                      # (V^|S|, V)
         if tgt == "col":
             block = np.kron(np.eye(n)[j], block)                            # (V^|S|, n*V), zero but at j
 
-        # Pairs whose contexts cannot be told apart share their rows
-        context = (S if ctx_pos else len(S), j if tgt == "row" else None)
-        blocks[context] = blocks[context] + block if context in blocks else block
+        # Pairs with the same context share their rows
+        context = (S, j) if tgt == "row" else S
+        blocks[context] = blocks.get(context, 0) + block
     return np.concatenate(list(blocks.values()))
 
 
@@ -129,7 +133,8 @@ def inverse_sqrt(p):
 
 def normalize(A):
     """N = D1^-1/2 A D2^-1/2. Rows and columns that never occur stay zero."""
-    contexts, targets = A.sum(1), A.sum(0)                          # D1, D2
+    contexts = A.sum(1)                                             # (R,) D1
+    targets = A.sum(0)                                              # (V,) D2
     return inverse_sqrt(contexts)[:, None] * A * inverse_sqrt(targets)
 
 
@@ -201,9 +206,9 @@ def line(name, *cells, width=9):
 # 1. Is "masked singular values are smaller" true?
 
 def every_objective():
-    """[(heading, {name: A})]. The first of each group is the reference of the others."""
+    """[(heading, P, {name: pairs})]. The first of each group is the reference of the others."""
     every = range(1, 6)
-    groups = [
+    return [
         ("2 of 6 tokens visible", texts(), short_contexts()),
         ("1 to 5 visible", texts(), {
             "ar 1..5": ar(6, every),
@@ -216,13 +221,6 @@ def every_objective():
         ("exchangeable text: no gain", texts(rho=0), {
             "ar, rho=0": ar(6, [2]),
             "mlm(2), rho=0": mlm(6, 2)})]
-    for heading, P, objectives in groups:
-        yield heading, {name: cooccurrence(P, pairs) for name, pairs in objectives.items()}
-
-    small = texts(S=2, n=5)
-    yield "5 tokens, 6 words, and all masked tokens as one target: reversed", {
-        "ar, n = 5": cooccurrence(small, ar(5, [2])),
-        "whole block": small.reshape(6 ** 2, 6 ** 3)}
 
 
 def compare_objectives():
@@ -234,45 +232,47 @@ def compare_objectives():
     line("objective", *report(np.ones(4)), "against")
 
     spectra = {}
-    for heading, matrices in every_objective():
+    for heading, P, objectives in every_objective():
         print("  - " + heading)
         reference = None
-        for name, A in matrices.items():
-            s = spectra[name] = singular_values(A)
+        for name, pairs in objectives.items():
+            s = singular_values(cooccurrence(P, pairs))
             mark = "" if reference is None else verdict(s, reference)
             line(name, *report(s).values(), mark)
             reference = s if reference is None else reference
+            spectra[name] = s
     return spectra
 
 
-POSITIONS = {                           # where the positions of context and target live
-    "forgotten": {},
-    "nor in ctx": {"ctx_pos": False},
-    "in query": {"tgt": "row"},
-    "in target": {"tgt": "col"}}
+POSITIONS = {                           # where the target's position lives, and the tgt that means it
+    "forgotten": "none",
+    "in query": "row",
+    "in target": "col"}
 
 
 def compare_mask_ratios():
-    """Print chi2 of mlm(k) by where positions live.
+    """Print chi2 of mlm(k) by where the target's position lives.
 
     Returns (5, 4): mask ratio, chi2 of ar, of mlm, and of mlm with the position in the query.
     """
-    print("chi2 of mlm(k) by where positions live. "
+    print("chi2 of mlm(k) by where the target's position lives. "
           "Each column is judged against ar with the same choice")
     line("k visible (masked)", "ar", *POSITIONS, width=12)
-    P, curve = texts(), []
+    P = texts()
+    curve = []
     for k in range(1, 6):
-        chi2, cells = {}, []
-        for name, choice in POSITIONS.items():
-            s = singular_values(cooccurrence(P, mlm(6, k), **choice))
-            reference = singular_values(cooccurrence(P, ar(6, [k]), **choice))
+        ar_chi2 = report(singular_values(cooccurrence(P, ar(6, [k]))))["chi2"]
+        chi2 = {}
+        cells = []
+        for name, tgt in POSITIONS.items():
+            s = singular_values(cooccurrence(P, mlm(6, k), tgt))
+            reference = singular_values(cooccurrence(P, ar(6, [k]), tgt))
             chi2[name] = report(s)["chi2"]
-            chi2.setdefault("ar", report(reference)["chi2"])
             cells.append(f"{chi2[name]:.3f} {verdict(s, reference)}")
 
         ratio = 1 - k / 6
-        line(f"{k} ({ratio:.2f})", chi2["ar"], *cells, width=12)
-        curve.append([ratio, chi2["ar"], chi2["forgotten"], chi2["in query"]])
+        line(f"{k} ({ratio:.2f})", ar_chi2, *cells, width=12)
+        curve.append([ratio, ar_chi2, chi2["forgotten"], chi2["in query"]])
     return np.array(curve)
 
 
@@ -293,7 +293,8 @@ def spectral_loss(A, f, g):
 
     f (R, k), g (V, k), numpy or torch. The expectations are exact.
     """
-    p1, p2 = A.sum(1)[:, None], A.sum(0)[:, None]
+    p1 = A.sum(1)[:, None]
+    p2 = A.sum(0)[:, None]
     together = (f * (A @ g)).sum()
     ff = f.T @ (p1 * f)                                             # (k, k) E f f^T
     gg = g.T @ (p2 * g)                                             # (k, k) E g g^T
@@ -327,7 +328,8 @@ def angle(X, Y):
 
 def part2(args):
     """The identity at random f and g, then Adam against the singular vectors."""
-    P, rng = texts(), np.random.default_rng(args.seed)
+    P = texts()
+    rng = np.random.default_rng(args.seed)
     print("Spectral loss L, Adam, rank 3 (s_3 > s_4). "
           "identity: L - ||N - FG^T||^2 + ||N||^2 at random f, g")
     line("objective", "contexts", "identity", "L - min", "angle (deg)", width=12)
@@ -410,7 +412,8 @@ def classification(joint, P, ranks=(3, 9)):
     Features come from the texts' distribution P, labels from `joint`: the probe always knows the true
     posterior.
     """
-    labels, errors = cooccurrence(joint, [(PREFIX, TOPIC, 1)]), {}
+    labels = cooccurrence(joint, [(PREFIX, TOPIC, 1)])
+    errors = {}
     for name, pairs in short_contexts().items():
         A = cooccurrence(P, pairs)
         prefixes = cooccurrence(P, [pair for pair in pairs if pair[0] == PREFIX])
@@ -422,8 +425,9 @@ def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
     """{objective: error at rank 3 for each size}, sizes. Features come from so many texts and are zero
     for a prefix that does not occur.
     """
-    joint, curve = language(), {}
+    joint = language()
     P = joint.sum(-1)
+    curve = {}
     for N in sizes:
         rng = np.random.default_rng((seed, N))
         probabilities = P.ravel() / P.sum()
@@ -485,7 +489,8 @@ def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
     clean = rng.random((N, n)) < 1 - eps
     x = np.where(clean, synonym, noise)                                         # (N, n)
 
-    future, shuffled = x[:, k:], rng.permuted(x, axis=1)
+    future = x[:, k:]
+    shuffled = rng.permuted(x, axis=1)
     targets = {
         "ar": future[:, :1],
         "dar(2)": future[:, :2],
@@ -563,9 +568,9 @@ def draw(axis, title, xlabel, ylabel, curves, x=None, **settings):
 
 def figure(path, spectra, masking, errors, sizes):
     """Three panels from the results of parts 1 (two of them) and 3."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = fig.subplots(1, 3)
 
     short = {name: spectra[name] for name in short_contexts()}
     draw(left, "1. Two visible tokens", "i", "singular value $s_i$", short)
@@ -588,8 +593,7 @@ PARTS = {"Objectives as matrices": part1,
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description="The paper's theory on a toy language.",
-                                     formatter_class=Help)
+    parser = Parser("The paper's theory on a toy language.")
     parser.add_argument("--part", type=int, choices=range(1, 6), help="run only this part")
     parser.add_argument("--plot", metavar="FILE",
                         help="also draw a figure of three panels (needs matplotlib)")

@@ -14,7 +14,6 @@ sha256). It is made in data/NAME/new and moved into place when complete, so that
 until the new one works. After a crash, run the same command again: it produces the same bytes, on any
 number of cores, and downloads resume.
 """
-import argparse
 import contextlib
 import hashlib
 import json
@@ -32,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from documents import STDLIB, Remote, Split, choose_split, pieces, stdlib_files, vocabulary_text
-from common import (DataError, Help, fetch, file_sha256, locked, one_line_errors, write_atomically,
+from common import (DataError, Parser, fetch, file_sha256, locked, one_line_errors, write_atomically,
                     write_json)
 from tokenizer import (PIECE, build_encoding, load_tokenizer, make_tokenizer, save_tokenizer,
                        token_bytes)
@@ -536,7 +535,7 @@ def how_to_make(name, data_dir, meta=None, overwrite=False):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--dataset", default="stdlib", metavar="NAME",
                    help="stdlib, pile, or a name of your own for --files; it is made in DATA_DIR/NAME")
     p.add_argument("--files", nargs="+", metavar="FILE",

@@ -28,7 +28,6 @@ so a model that was trained on this Python's library has not seen their test fil
 are over test examples (there: files), by bootstrap. Models that differ only in their seed differ by
 more.
 """
-import argparse
 import json
 import math
 import shlex
@@ -39,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (Help, add_device_flags, align, load_checkpoint, one_line_errors, pick_device,
+from common import (Parser, add_device_flags, align, load_checkpoint, one_line_errors, pick_device,
                     pick_dtype, read_result, result_path, write_result)
 from features import extract, tokenize
 from finetune import LEARNING_RATES, finetune_seeds
@@ -321,7 +320,7 @@ def direction_number(text):
 
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR",
                    help="one or several, one column each")
     p.add_argument("--tasks", nargs="+", metavar="TASK",

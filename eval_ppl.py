@@ -28,7 +28,6 @@ lm-eval, for one, detokenises WikiText first (3.27 bits per byte where ours are 
 All numbers, with sums per document, go to CHECKPOINT/eval_ppl_TEXT_METHOD.json, or below --results DIR. TEXT is
 wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may end in -one or -matched.
 """
-import argparse
 import math
 import shlex
 import sys
@@ -46,7 +45,7 @@ from tqdm import tqdm
 import data
 import texts
 import tokenizer
-from common import (DataError, Help, add_device_flags, align, check_plot, load_checkpoint, one_line_errors,
+from common import (DataError, Parser, add_device_flags, align, check_plot, load_checkpoint, one_line_errors,
                     pick_device, pick_dtype, result_path, save_figure, show_any_character, write_result)
 from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
@@ -296,7 +295,10 @@ METHODS = {
         note="exact likelihood of generation in the order of the model's confidence"),
 }
 
-SUFFIXES = {                            # left-to-right: what a masked model sees after the prompt
+# -----------------------------------------------------------------------------
+# Left to right: what follows the prompt, and how far back it reaches
+
+SUFFIXES = {                            # what a masked model sees after the prompt
     "full": "masks up to block_size",
     "one": "a single mask",
     "matched": "no more masks than in training",
@@ -329,15 +331,20 @@ def last_tokens_only(model, x, wanted, m, settings):
     """
     rows, places = wanted.nonzero()                                     # (N,), (N,)
     causal = model.config.causal
+    read_out = m - 1 if causal else m                                   # at the last token, or the first mask
     out = no_scores(*x.shape)
     for job in progress(batches(len(rows), settings.batch_size)):
+        # Inputs: the m tokens before the target, then masks
         window = x[rows[job]]                                           # (B, T)
         target = torch.from_numpy(places[job, None]).to(x.device)       # (B, 1)
-        inputs = window.gather(1, target - m + torch.arange(m, device=x.device))        # (B, m)
+        last = target - m + torch.arange(m, device=x.device)            # (B, m) their places
+        inputs = window.gather(1, last)                                 # (B, m)
         if not causal:
             masks = int(settings.masks[m])
             inputs = F.pad(inputs, (0, masks), value=model.config.mask_token)       # (B, m + masks)
-        hidden = model.features(inputs)[:, m - 1 if causal else m]      # (B, C)
+
+        # The prediction of the target
+        hidden = model.features(inputs)[:, read_out]                    # (B, C)
         scores = score(model, hidden, window.gather(1, target)[:, 0])
         out[:, rows[job], places[job]] = scores
     return Scores(*out)
@@ -351,8 +358,9 @@ def by_context(model, x, contexts, settings):
     """
     n, T = x.shape
     far = max(contexts)
+    places = far + grid(n, settings.samples, levels=T - far)            # (n, S)
     weights = np.zeros((n, T))
-    np.put_along_axis(weights, far + grid(n, settings.samples, levels=T - far), 1, axis=1)
+    np.put_along_axis(weights, places, 1, axis=1)
     wanted = weights > 0
 
     out = {m: last_tokens_only(model, x, wanted, m, settings) for m in contexts}
@@ -406,7 +414,8 @@ def measure(checkpoint, windows, method, settings, contexts, device):
     n_words = add_up(n_words)
     sums = {}
     for name, (scores, weights) in measured.items():
-        sums[name] = Sums(nats=add_up(scores.nats * weights), right=add_up(scores.right * weights),
+        sums[name] = Sums(nats=add_up(scores.nats * weights),
+                          right=add_up(scores.right * weights),
                           tokens=add_up(weights))
 
     # Numbers. Bytes and words are those of all positions, so only "all" may be divided by them
@@ -414,15 +423,15 @@ def measure(checkpoint, windows, method, settings, contexts, device):
     if checkpoint.ahead == 1 and METHODS[method].code_length:
         results["all"] = summary(sums["all"], n_bytes, n_words)
 
-    in_window = np.bincount(document[:, 0], minlength=len(n_bytes))
+    visible = [*contexts, "all"] if contexts else []
+    n_windows = np.bincount(document[:, 0], minlength=len(n_bytes))         # (documents,)
     return {"windows": len(x), "block_size": x.shape[1], "clusters": unit,
             "seconds": time.time() - start,
             "all": results["all"],
             "prompt_lengths": {str(k): results[str(k)] for k in settings.prompt_lengths},
-            "context": {name.removeprefix("context "): result for name, result in results.items()
-                        if name.startswith("context ")},
+            "context": {str(m): results[f"context {m}"] for m in visible},
             "unigram": frequencies_alone(checkpoint, x, measured["all"][1]),
-            "documents": {"windows": in_window.tolist(),
+            "documents": {"windows": n_windows.tolist(),
                           "bytes": n_bytes.astype(int).tolist(),
                           "words": n_words.astype(int).tolist()},
             "nats": {name: total.nats.tolist() for name, total in sums.items()},
@@ -526,7 +535,8 @@ def table(reports):
 
     # Perplexity by prompt length
     for k in sorted({k for r in reports for k in r["prompt_lengths"]}, key=int):
-        add_row(f"perplexity after {k}", [r["prompt_lengths"].get(k) for r in reports], "perplexity")
+        results = [r["prompt_lengths"].get(k) for r in reports]
+        add_row(f"perplexity after {k}", results, "perplexity")
 
     # All positions, in all units that some model has
     for unit in UNITS:
@@ -538,7 +548,8 @@ def table(reports):
     visible = {m for r in reports for m in r["context"]}
     for m in sorted(visible - {"all"}, key=int) + sorted(visible & {"all"}):
         label = "whole prompt" if m == "all" else f"only last {m}"
-        add_row(f"nats per token, {label} visible", [r["context"].get(m) for r in reports], "nats_per_token")
+        results = [r["context"].get(m) for r in reports]
+        add_row(f"nats per token, {label} visible", results, "nats_per_token")
     return align(rows)
 
 
@@ -553,10 +564,9 @@ def show(reports):
     for r in reports:
         if r["unigram"] and r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
             print(f"{r['checkpoint']} has learned no context yet: word frequencies alone do as well.")
-    sampled = [r["suffix"] is not None for r in reports]            # masked models, left to right
-    if any(r["unigram"] for r in reports) and any(sampled):
-        print("Word frequencies alone are scored on the same tokens as the model above them. Of a masked "
-              "model these are a sample (--samples), so its number can differ from that of a causal one.")
+    if any(r["unigram"] and r["suffix"] for r in reports):          # a masked model, left to right
+        print("Word frequencies alone are scored on the same tokens as the model: of masked models on a "
+              "sample (--samples).")
     if any(r["clusters"] == "windows" for r in reports):
         print("The text is one document: its windows are treated as independent.")
     if any("bits_per_byte" in r["all"] for r in reports):
@@ -588,7 +598,7 @@ def plot(reports, path):
 
 def build_parser():
     windows = [f"{method.windows} for {name}" for name, method in METHODS.items()]
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--checkpoint", nargs="+", required=True,
                    help="one or several folders written by train.py")
     p.add_argument("--method", choices=METHODS, default="left-to-right",
@@ -653,11 +663,14 @@ def load(path, args):
     # What its objective showed it, with the flags of its training
     train = config.setdefault("train", {})
     known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
-    options = Options(**known | {"block_size": model.config.block_size, "vocab_size": model.config.vocab_size})
+    known["block_size"] = model.config.block_size
+    known["vocab_size"] = model.config.vocab_size
+    options = Options(**known)
     objective = OBJECTIVES.get(train.get("objective"))
     most_masks = objective.most_masks(options) if objective else None
     ahead = objective.ahead(options) if objective else 1
-    return LoadedCheckpoint(path, model, config, tokenizer.load_tokenizer(path), unigram, most_masks, ahead)
+    encoding = tokenizer.load_tokenizer(path)
+    return LoadedCheckpoint(path, model, config, encoding, unigram, most_masks, ahead)
 
 
 def read_text(args, checkpoint):
@@ -665,7 +678,8 @@ def read_text(args, checkpoint):
     if args.val:
         train = checkpoint.config["train"]
         data_dir = args.data_dir or train.get("data_dir", data.DATA_DIR)
-        return texts.validation_split(Path(data_dir, train["dataset"]), checkpoint.path, checkpoint.encoding)
+        folder = Path(data_dir, train["dataset"])
+        return texts.validation_split(folder, checkpoint.path, checkpoint.encoding)
     if args.text:
         return texts.from_file(args.text, checkpoint.encoding)
     return texts.wikitext(args.wikitext_dir, checkpoint.encoding)

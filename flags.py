@@ -3,7 +3,6 @@ The command line of train.py: every flag, the presets, and the checks that come 
 
     python train.py --help
 """
-import argparse
 import math
 import os
 import sys
@@ -13,7 +12,7 @@ import torch
 
 import data
 import objectives
-from common import DataError, DeviceError, Help, add_device_flags, pick_device, read_config
+from common import DataError, DeviceError, Parser, add_device_flags, pick_device, read_config
 from objectives import CHOICES, OBJECTIVES, Options
 from run import finish_replacing
 
@@ -40,7 +39,7 @@ def preset_values():
 
 
 def build_parser(description="Pretrain a Transformer with any objective of objectives.py.", **how):
-    p = argparse.ArgumentParser(description=description, formatter_class=Help, **how)
+    p = Parser(description, **how)
 
     p.add_argument("--objective", choices=OBJECTIVES, default="vlm",
                    help="what is predicted from what, see objectives.py")

@@ -18,7 +18,6 @@ RULE below says when such a difference is called shown. Why Student's t in it an
 seeds is itself uncertain. With 2, pure noise between seeds would pass in 18 % of all cases; with t in 5 %.
 That holds per row: of 40 rows without any difference, two may pass.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import DataError, Help, check_plot, one_line_errors, save_figure
+from common import DataError, Parser, check_plot, one_line_errors, save_figure
 from glue_data import METRICS
 
 RULE = """\
@@ -311,7 +310,9 @@ def all_runs(runs):
 def show(runs, differences, rows=""):
     """Print both tables. rows: a regular expression, only the measurements that it finds."""
     seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
-    print(f"\nmean over seeds {seeds} [least, greatest]; probes in percent\n\n{table(runs, rows)}")
+    print(f"\nmean over seeds {seeds} [least, greatest]; probes in percent; word frequencies alone on the "
+          "tokens that a setting is scored on (of masked models a sample)\n")
+    print(table(runs, rows))
     wanted = [found for found in differences if re.search(rows, found["measurement"])]
     if wanted:
         print(f"\n{RULE}\n\n{difference_table(wanted)}")
@@ -559,8 +560,7 @@ def plot_gains(runs, tests, axes):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description="The tables and figures of a finished comparison.",
-                                formatter_class=Help)
+    p = Parser("The tables and figures of a finished comparison.")
     p.add_argument("file", help="compare.json of a comparison, or a file in results/")
     p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
     p.add_argument("--against", nargs="+", metavar="SETTING",

@@ -11,7 +11,6 @@ the mixture over the next t tokens, so its text is looser than that of ar.) A ma
 visible tokens) at every mask: draw some, which makes them visible, repeat. It knows the mask ratios of its
 training: vlm (up to 1.0) can start from a short prompt, mlm at 0.15 can only be trusted with small gaps.
 """
-import argparse
 import math
 import re
 import shutil
@@ -22,7 +21,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from common import Help, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype
+from common import Parser, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -328,7 +327,7 @@ def example_lines(encoding, ids, block_size, n=3):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--checkpoint", required=True, help="folder that train.py wrote, e.g. out/vlm")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to continue; if empty, a new document is begun")

@@ -23,7 +23,6 @@ are those of the model's own joint distribution. Two things to know when reading
 
 Also written to CHECKPOINT/spectrum.json.
 """
-import argparse
 import math
 import os
 import shlex
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 import cooccurrence
 import data
-from common import (DataError, Help, add_device_flags, align, check_plot, file_sha256, load_checkpoint,
+from common import (DataError, Parser, add_device_flags, align, check_plot, file_sha256, load_checkpoint,
                     one_line_errors, pick_device, pick_dtype, result_path, save_figure,
                     write_result)
 from objectives import OBJECTIVES, Draw, Options, window_size
@@ -229,7 +228,7 @@ def figure(path, results):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    parser = Parser(__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", nargs="+", default=["out/vlm"], metavar="DIR",
                         help="checkpoint folders, of several models or of one along its run")
     parser.add_argument("--contexts", type=int, default=8192, metavar="N",

@@ -7,7 +7,6 @@ How much of the validation text also stands in the training text? A model may re
 A token of val counts as copied if it lies in a run of 13 tokens that also occurs in train. Prints the share
 of copied tokens of the documents that have most, and of all of them. Needs about 30 bytes of memory per token.
 """
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # so that it runs as `python dev/overlap.py`
 
-from common import DataError, Help, one_line_errors                 # noqa: E402
+from common import DataError, Parser, one_line_errors               # noqa: E402
 from data import DATA_DIR, load                                     # noqa: E402
 from documents import STDLIB, document_is_val, stdlib_files         # noqa: E402
 from tokenizer import load_tokenizer                                # noqa: E402
@@ -93,7 +92,7 @@ def document_names(folder, meta, val):
 # Command line
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--dataset", default="stdlib", metavar="NAME", help="its folder in DATA_DIR")
     p.add_argument("--data_dir", default=DATA_DIR, help="folder of all datasets")
     p.add_argument("--documents", type=int, default=15, metavar="N",

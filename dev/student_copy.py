@@ -9,7 +9,6 @@ The copy holds the files that git tracks, without history, answers, results and 
 solutions. The body of every function in EXERCISES becomes one line that raises NotImplementedError. Signature
 and docstring stay. Functions are found by name, so no markers stand in the code.
 """
-import argparse
 import ast
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))               # so that it runs as `python dev/student_copy.py`
 
-from common import Help, one_line_errors    # noqa: E402
+from common import Parser, one_line_errors    # noqa: E402
 
 # {exercise: {file: functions whose bodies the students write}}; exercise 6 is reading curves, not code
 EXERCISES = {
@@ -134,7 +133,7 @@ def make_copy(folder, exercises):
 
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(), formatter_class=Help)
+    p = Parser(__doc__.split("\n\n")[0].strip())
     p.add_argument("folder", help="where the copy goes; it must not exist")
     p.add_argument("--exercises", type=int, nargs="+", metavar="N", default=list(EXERCISES),
                    help="the exercises whose functions are blank")

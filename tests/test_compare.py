@@ -532,6 +532,56 @@ def test_figures_need_no_training(scripts, capsys):
     run("--seeds", "0", "1", "--eval_glue", "none", "--plot", "a.svg")
 
 
+@pytest.mark.parametrize("words", [
+    ["--seeds", "0", "--runs", "ar"],                                   # one seed, one setting: no difference
+    ["--seeds", "0", "--runs", "ar", "--eval_glue", "none"],
+    ["--seeds", "0", "--eval_ppl", "none"],
+    ["--seeds", "0", "1", "--runs", "mlm", "--eval_ppl", "none", "--eval_glue", "none"]])
+def test_figures_of_what_there_is(scripts, words):
+    pytest.importorskip("matplotlib")
+    run(*words, "--plot", "a.png", "--curves", "b.png")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG") and Path("b.png").stat().st_size > 5000
+
+
+def test_figures_where_one_setting_lacks_a_measurement(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    probe = {"test": "t", "metric": "accuracy", "predictions": "0110"}
+    measured = {"perplexity after 3": perplexity(40.0), "t": probe, "t: e": {**probe, "baseline": True},
+                "t: gain over e": {"test": "t", "of": "t", "minus": "t: e"}}
+    runs = {"ar": {"0": {"measurements": measured, "curve": [[1000, 5.0]]}},
+            "mlm": {"0": {"measurements": {}, "curve": []}}}
+    left, right = figure.subplots(1, 2)
+    report.plot_perplexity(runs, left)
+    report.plot_gains(runs, {"t": {"labels": "0101", "groups": None}}, right)
+    assert [text.get_text() for text in left.texts] == ["ar"]
+    assert right.get_legend_handles_labels()[1] == ["ar"]
+    report.plot_curves(runs, tmp_path / "a.svg")
+
+
+def test_a_command_that_fails_says_how_it_ended(monkeypatch, tmp_path):
+    """By its error line; by its last line; by the signal, of which its output says nothing."""
+    args = type("Args", (), {"jobs": 1})
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+
+    def message(body):
+        (tmp_path / "script.py").write_text(body)
+        with pytest.raises(ValueError) as error:
+            compare.call(["script.py", "--flag"], args)
+        assert not compare.children
+        return str(error.value).removeprefix("python script.py --flag failed ")
+
+    assert message("print('error: no data'); print('bye'); raise SystemExit(2)") \
+        == "(exit code 2): error: no data"
+    assert message("print('half done'); raise SystemExit(1)") == "(exit code 1): half done"
+    assert message("raise SystemExit(1)") == "(exit code 1): no output"
+    if os.name == "posix":
+        kill = "import os, signal; print('half done', flush=True); os.kill(os.getpid(), signal.{})"
+        assert message(kill.format("SIGKILL")) \
+            == "(ended by a signal: Killed, perhaps for lack of memory): half done"
+        crash = message(kill.format("SIGSEGV"))
+        assert crash.startswith("(ended by a signal: Segmentation fault") and "Fatal Python error" in crash
+
+
 def test_no_matplotlib_is_said_before_any_run(scripts, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)      # importing it raises ImportError
     for flag in ("--plot", "--curves"):
@@ -539,21 +589,34 @@ def test_no_matplotlib_is_said_before_any_run(scripts, capsys, monkeypatch):
     assert not scripts.commands
 
 
+def imports(name):
+    """The files of ours that a file imports."""
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+    return {f"{module}.py" for module in modules if (ROOT / f"{module}.py").exists()}
+
+
 def test_sources_are_what_training_imports():
     """Every file of ours that train.py imports, directly or not; sample.py writes its last lines only."""
-    def imports(name):
-        tree = ast.parse((ROOT / name).read_text())
-        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                modules += [alias.name for alias in node.names]
-        return {f"{module}.py" for module in modules if (ROOT / f"{module}.py").exists()}
-
     found, new = set(), {"train.py"}
     while new:
         found |= new
         new = set().union(*(imports(name) for name in new)) - found - {"sample.py"}
     assert found == set(common.source_digests())
+
+
+def test_evaluation_code_is_what_evaluations_import():
+    """A number counts as finished for the code that measured it: no file of it may be forgotten."""
+    found = {"eval_ppl.py", "eval_glue.py", "spectrum.py"}
+    new = set(found)
+    while new:
+        new = set().union(*(imports(name) for name in new)) - found
+        found |= new
+    assert found - set(common.source_digests()) == set(compare.EVALUATION_CODE)
+    assert not set(compare.EVALUATION_CODE) & set(common.source_digests())
 
 
 def test_digest_of_weights():

@@ -708,6 +708,22 @@ def test_learning_rate_is_chosen_on_training_examples_only(checkpoints):
     assert row["model"]["held_out"]["0.01"] > 0.9
 
 
+def test_learning_rate_is_judged_on_examples_that_were_not_fitted(checkpoints, monkeypatch):
+    rte(checkpoints / "glue/RTE", 120, 40, different_words)
+    calls = []
+
+    def record(model, train, tests, *rest):
+        calls.append((train.groups, [test.groups for test in tests]))
+        return [test.y for test in tests]
+
+    monkeypatch.setattr(finetune, "finetune", record)
+    main("--tasks", "RTE", "--finetune", "--seeds", "1", "--lr", "1e-2", "1e-3")
+    assert len(calls) == 6                                  # model and untrained: two rates, then all of it
+    fitted, [judged] = calls[0]
+    assert sorted([*fitted, *judged]) == list(range(120)) and len(judged) == 12
+    assert len(calls[2][0]) == 120
+
+
 def test_ties_between_learning_rates_go_to_the_middle():
     for values, best in [([1, 1, 1, 0], 1), ([1, 1, 1, 1], 1), ([0, 1, 1, 1], 1), ([0, 0, 1, 1], 2),
                          ([1, 0, 0, 1], 0), ([0, 2, 1], 1), ([1], 0), ([1, 1, 1, 1, 1], 2)]:

@@ -654,6 +654,17 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
     assert "no unigram.npy" in out.splitlines()[1] and "no unigram.npy" not in out.splitlines()[0]
     assert report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["unigram"] is None
 
+    # On the same text the two kinds of models are scored on other tokens, and a sentence says so
+    assert "scored on the same tokens as the model: of masked models" in out
+    np.save("out/dar/unigram.npy", counts)
+    command = ["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "0", "--samples"]
+    values = {}
+    for samples in ("8", "31"):
+        eval_ppl.main([*command, samples])
+        values[samples] = [report_of(f"out/{name}/eval_ppl_{TEXT_NAME}_left-to-right.json")["unigram"]
+                           for name in ("mlm", "dar")]
+    assert values["8"][0] != values["8"][1] and values["31"][0] == values["31"][1] == values["8"][1]
+
     np.save("out/mlm/unigram.npy", counts[:-1])
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt"])
