@@ -6,8 +6,7 @@ Documents -> tokens -> memory-mapped shards -> windows.
     python data.py --dataset mine --files a.jsonl b.jsonl.gz c.jsonl.zst d.txt --tokenizer bpe:4096
     python data.py --dataset pile --shards 0 --max_tokens 100000000     # downloads 110 MB of the Pile
     python data.py --dataset pile --shards 0 1              # two of its 30 shards, 11.1 GB and 9.8e9 tokens each
-    python data.py --dataset mine --check                   # sha256 of every shard, every token id
-    python data.py --dataset mine --overlap                 # text of val that also occurs in train
+    python data.py --dataset mine --check                   # is every byte of it as it was made?
 
 A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after each
 document), tokenizer.json, unigram.npy (how often each id occurs in train) and meta.json (sources, counts,
@@ -18,6 +17,7 @@ number of cores, and downloads resume.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -30,8 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import (STDLIB, Remote, Split, choose_split, document_is_val, pieces, stdlib_files,
-                       vocabulary_text)
+from documents import STDLIB, Remote, Split, choose_split, pieces, stdlib_files, vocabulary_text
 from common import (DataError, Parser, fetch, file_sha256, locked, one_line_errors, write_atomically,
                     write_json)
 from tokenizer import (PIECE, build_encoding, load_tokenizer, make_tokenizer, save_tokenizer,
@@ -66,77 +65,24 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
     check_arguments(wanted, files, urls)
 
     folder = os.path.join(data_dir, name)
-    with locked(folder):
+    with one_reason(folder), locked(folder):
         finish_replacing(folder)
         if os.path.exists(os.path.join(folder, "meta.json")) and not overwrite:
             meta = check_existing(wanted, data_dir)
             print(f"{folder} already exists")
             return meta
-        with one_reason(folder):
-            meta = make(folder, wanted, urls)
+        meta = make(folder, wanted, urls)
     for split, total in meta["splits"].items():
         print(f"{folder}: {split}: {total['documents']:,} documents, {total['bytes']:,} bytes, "
               f"{total['tokens']:,} tokens")
     return meta
 
 
-def make(folder, wanted, urls):
-    """Make the dataset in folder/new, then move it to `folder`. Returns meta.json."""
-    new = os.path.join(folder, "new")
-    shutil.rmtree(new, ignore_errors=True)                  # of a run that was killed
-    try:
-        # The sources: files that are here, or what is needed of the Pile's shards
-        sources = wanted["sources"]
-        if urls:
-            sources = []
-            for url in urls:
-                path = os.path.join(folder, os.path.basename(url))
-                streamed = wanted["max_tokens"] is not None and not os.path.exists(path)
-                if not streamed:
-                    fetch(url, path)
-                sources.append(Remote(url, path) if streamed else path)
-        os.makedirs(new, exist_ok=True)
-        meta = write_dataset(new, sources, wanted)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)                                # if it is empty
-        raise
-    finish_replacing(folder)
-    return meta
-
-
-def finish_replacing(folder):
-    """If folder/new holds a complete dataset, put it in place of the old one.
-
-    When it is stopped in between, there is no meta.json in `folder`, and the next call does the rest.
-    """
-    new = Path(folder, "new")
-    if not Path(new, "meta.json").exists():
-        return
-    with open(new / "meta.json", encoding="utf-8") as file:
-        meta = json.load(file)
-    shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
-
-    # Away with the old one, with meta.json first
-    Path(folder, "meta.json").unlink(missing_ok=True)
-    for pattern in ("train_*.npy", "val_*.npy", "*.tmp"):
-        for path in Path(folder).glob(pattern):
-            if path.name not in shards:
-                path.unlink()
-
-    # The new one takes its place, with meta.json last
-    names = sorted(path.name for path in new.iterdir() if path.name != "meta.json")
-    for name in [*names, "meta.json"]:
-        os.replace(new / name, Path(folder, name))
-    new.rmdir()
-
-
 def write_dataset(folder, sources, wanted):
     """Tokenize the sources. Returns meta.json, which is `wanted` and what is known at the end."""
     contents = [content_of(source) for source in sources]
 
-    # Which documents are for validation. A stream is long enough for the plain rule
+    # Which documents are for validation. A stream is not read for this: it is long enough for the plain rule
     split = Split(wanted["val_fraction"])
     if not any(isinstance(source, Remote) for source in sources):
         split = choose_split(sources, wanted["val_fraction"])
@@ -216,16 +162,14 @@ def encode(stream, encoding):
 
 def first_tokens(stream, max_tokens, encoding):
     """The first max_tokens tokens (None: all) of what `encode` yields. The last document may be cut."""
-    left = max_tokens
+    left = math.inf if max_tokens is None else max_tokens
     for side, ids, size, last in stream:
-        if left is None or len(ids) < left:
-            yield side, ids, size, last
-        else:
+        if len(ids) >= left:
             ids = ids[:left]
             yield side, ids, int(token_bytes(encoding)[ids].sum()), True
             break
-        if left is not None:
-            left -= len(ids)
+        yield side, ids, size, last
+        left -= len(ids)
 
 
 class ShardWriter:
@@ -259,9 +203,16 @@ class ShardWriter:
         save_array(path, ids)
         self.shards.append({"file": os.path.basename(path), "tokens": self.filled,
                             "sha256": file_sha256(path)})
-        for start in range(0, len(ids), 2**20):                 # bincount converts to int64: in small parts
-            self.counts += np.bincount(ids[start:start + 2**20], minlength=len(self.counts))
+        self.counts += count_ids(ids, len(self.counts))
         self.filled = 0
+
+
+def count_ids(ids, n_vocab):
+    """(n_vocab,) int64, how often each id occurs. In small parts, as bincount converts them to int64."""
+    counts = np.zeros(n_vocab, dtype=np.int64)
+    for start in range(0, len(ids), 2**20):
+        counts += np.bincount(ids[start:start + 2**20], minlength=n_vocab)
+    return counts
 
 
 def save_array(path, array):
@@ -279,8 +230,10 @@ def load(name, data_dir=DATA_DIR, full=False):
     """A dataset as (meta.json, {"train": [ids of each shard, memory-mapped], "val": [...]}).
 
     Raises DataError for a dataset or shard that is missing, cut short or not the one in meta.json, and for an
-    id beyond the vocabulary at the start of a shard. full: anywhere in it, and for a wrong sha256.
+    id beyond the vocabulary at the start of a shard. full: anywhere in it, for a wrong sha256, and for a
+    tokenizer or counts that do not belong to the shards.
     """
+    check_name(name)
     folder = os.path.join(data_dir, name)
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
@@ -293,8 +246,7 @@ def load(name, data_dir=DATA_DIR, full=False):
         raise DataError(f"there is no dataset {folder} (there is: {found or 'none'}). It is made by: "
                         f"{how_to_make(name, data_dir)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/meta.json is damaged, {error!r}. Make it again: "
-                        f"{how_to_make(name, data_dir, overwrite=True)}") from None
+        raise damaged(os.path.join(folder, "meta.json"), repr(error), name, data_dir) from None
 
     splits = {"train": [], "val": []}
     for split, file, tokens, sha256 in listed:
@@ -309,9 +261,20 @@ def load(name, data_dir=DATA_DIR, full=False):
                 raise ValueError("its sha256 does not match meta.json")
         except (OSError, ValueError, EOFError) as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else error
-            raise DataError(f"{path} is damaged: {reason}. Make it again: "
-                            f"{how_to_make(name, data_dir, meta, overwrite=True)}") from None
+            raise damaged(path, reason, name, data_dir, meta) from None
         splits[split].append(ids)
+
+    # What belongs to them
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        raise damaged(path, "it is missing", name, data_dir, meta)
+    if full:
+        if load_tokenizer(folder).n_vocab != vocab_size:
+            raise damaged(path, f"it does not have {vocab_size} tokens", name, data_dir, meta)
+        counts = sum(count_ids(ids, vocab_size) for ids in splits["train"])
+        if not np.array_equal(load_counts(folder), counts):
+            path = os.path.join(folder, "unigram.npy")
+            raise damaged(path, "it does not count train", name, data_dir, meta)
     return meta, splits
 
 
@@ -330,6 +293,12 @@ def load_unigram(folder):
 
     folder: of a dataset or a checkpoint. Raises DataError if unigram.npy is missing or damaged.
     """
+    counts = load_counts(folder)
+    return np.log(counts + 1) - np.log(counts.sum() + len(counts))
+
+
+def load_counts(folder):
+    """unigram.npy of a folder, (V,) int64. Raises DataError."""
     path = os.path.join(folder, "unigram.npy")
     try:
         counts = np.load(path, allow_pickle=False)
@@ -339,7 +308,7 @@ def load_unigram(folder):
         raise DataError(f"{path} is damaged: {error}") from None
     if counts.ndim != 1 or counts.dtype != np.int64 or len(counts) == 0 or counts.min() < 0:
         raise DataError(f"{path} is damaged: it holds {counts.dtype} {counts.shape}, not counts of ids")
-    return np.log(counts + 1) - np.log(counts.sum() + len(counts))
+    return counts
 
 
 def check_window(shards, span, split="text"):
@@ -373,34 +342,126 @@ def windows(shards, span, u):
     return np.stack(rows).astype(np.int64)                                          # (B, span)
 
 
-PIECE = 2048            # tokens
+STRETCH = 2048          # tokens
 
 def few(shards, tokens):
-    """At most `tokens` tokens of a split, a list of (n,) ids, as pieces of 2048 tokens evenly spread over it.
+    """At most `tokens` tokens of a split, a list of (n,) ids: stretches of 2048 tokens, evenly spread.
 
     Fewer tokens are not always a part of more, but always from everywhere in the text. Raises DataError if
     there are not as many.
     """
-    pieces = [ids[start:start + PIECE] for ids in shards for start in range(0, len(ids) - PIECE + 1, PIECE)]
-    n = tokens // PIECE
-    if not 1 <= n <= len(pieces):
-        raise DataError(f"train_tokens must be between {PIECE} and {PIECE * len(pieces)}, not {tokens}")
-    return [pieces[i * len(pieces) // n] for i in range(n)]
+    stretches = []
+    for ids in shards:
+        starts = range(0, len(ids) - STRETCH + 1, STRETCH)
+        stretches += [ids[start:start + STRETCH] for start in starts]
+    n = tokens // STRETCH
+    if not 1 <= n <= len(stretches):
+        most = STRETCH * len(stretches)
+        raise DataError(f"train_tokens must be between {STRETCH} and {most}, not {tokens}")
+    return [stretches[i * len(stretches) // n] for i in range(n)]
 
 # -----------------------------------------------------------------------------
-# What is wanted, and what exists
+# The old dataset stays until the new one is complete
 
-def content_of(source):
-    """{"bytes", "sha256"} of a source, to notice when it has changed. None for one that is streamed."""
-    if isinstance(source, Remote):
-        return None
-    if source != STDLIB:
-        return {"bytes": os.path.getsize(source), "sha256": file_sha256(source)}
-    size, digest = 0, hashlib.sha256()
-    for path, text in stdlib_files():
-        size += len(text.encode())
-        digest.update(f"{path}\0{text}\0".encode())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+def make(folder, wanted, urls):
+    """Make the dataset in folder/new, then move it to `folder`. Returns meta.json."""
+    new = os.path.join(folder, "new")
+    shutil.rmtree(new, ignore_errors=True)                  # of a run that was killed
+    try:
+        # The sources: files that are here, or what is needed of the Pile's shards
+        sources = wanted["sources"]
+        if urls:
+            sources = []
+            for url in urls:
+                path = os.path.join(folder, os.path.basename(url))
+                streamed = wanted["max_tokens"] is not None and not os.path.exists(path)
+                if not streamed:
+                    fetch(url, path)
+                sources.append(Remote(url, path) if streamed else path)
+        os.makedirs(new, exist_ok=True)
+        meta = write_dataset(new, sources, wanted)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)                                # if it is empty
+        raise
+    finish_replacing(folder)
+    return meta
+
+
+def finish_replacing(folder):
+    """If folder/new holds a complete dataset, put it in place of the old one.
+
+    When it is stopped in between, there is no meta.json in `folder`, and the next call does the rest.
+    """
+    new = Path(folder, "new")
+    if not Path(new, "meta.json").exists():
+        return
+    with open(new / "meta.json", encoding="utf-8") as file:
+        meta = json.load(file)
+    shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
+
+    # Away with the old one, with meta.json first
+    Path(folder, "meta.json").unlink(missing_ok=True)
+    for pattern in ("train_*.npy", "val_*.npy", "*.tmp"):
+        for path in Path(folder).glob(pattern):
+            if path.name not in shards:
+                path.unlink()
+
+    # The new one takes its place, with meta.json last
+    names = sorted(path.name for path in new.iterdir() if path.name != "meta.json")
+    for name in [*names, "meta.json"]:
+        os.replace(new / name, Path(folder, name))
+    new.rmdir()
+
+
+@contextlib.contextmanager
+def one_reason(folder):
+    """A full disk and the like as a DataError that names the file or the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}. "
+                        "Nothing incomplete is kept, only downloads") from None
+
+# -----------------------------------------------------------------------------
+# Checks, and the command that helps where one fails
+
+def check_arguments(wanted, files, urls):
+    """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
+    name = wanted["name"]
+    check_name(name)
+    if bool(urls) != (name == "pile"):
+        raise DataError("--dataset pile needs --shards, and no other dataset has any")
+    if name in ("stdlib", "pile"):
+        if files:
+            raise DataError(f"--files need another --dataset name than {name}")
+    elif not files:
+        raise DataError(f"--dataset {name} needs --files")
+
+    bpe = re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
+    if not bpe or int(bpe[1] or 257) < 257:
+        raise DataError("the tokenizer is gpt2, bytes or bpe:N with N of at least 257")
+    if not 0 < wanted["val_fraction"] < 1:
+        raise DataError("val_fraction is between 0 and 1")
+    if not 1 <= wanted["shard_tokens"] <= 10**9:
+        raise DataError("shard_tokens is at least 1 and at most 1,000,000,000")
+    if wanted["max_tokens"] is not None and wanted["max_tokens"] < 2:
+        raise DataError("max_tokens is at least 2")
+
+    for path in files:
+        if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
+            raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
+        if not os.path.isfile(path):
+            raise DataError(f"{path} does not exist")
+        if os.path.getsize(path) == 0:
+            raise DataError(f"{path} is empty")
+
+
+def check_name(name):
+    """Raises DataError if it cannot be a dataset's: the name of a folder in data_dir, no path."""
+    if name in ("", ".", "..") or os.path.basename(name) != name:
+        raise DataError(f"--dataset {name!r} is not the name of a folder: --data_dir says where it is")
 
 
 def check_existing(wanted, data_dir):
@@ -423,46 +484,23 @@ def check_existing(wanted, data_dir):
     return meta
 
 
-def check_arguments(wanted, files, urls):
-    """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
-    name = wanted["name"]
-    if bool(urls) != (name == "pile"):
-        raise DataError("--dataset pile needs --shards, and no other dataset has any")
-    if name in ("stdlib", "pile"):
-        if files:
-            raise DataError(f"--files need another --dataset name than {name}")
-    elif not files:
-        raise DataError(f"--dataset {name} needs --files")
-    if not name or os.path.basename(name) != name or name in (".", ".."):
-        raise DataError(f"--dataset {name!r} is not the name of a folder")
-
-    bpe = re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
-    if not bpe or int(bpe[1] or 257) < 257:
-        raise DataError("the tokenizer is gpt2, bytes or bpe:N with N of at least 257")
-    if not 0 < wanted["val_fraction"] < 1:
-        raise DataError("val_fraction is between 0 and 1")
-    if not 1 <= wanted["shard_tokens"] <= 10**9:
-        raise DataError("shard_tokens is at least 1 and at most 1,000,000,000")
-    if wanted["max_tokens"] is not None and wanted["max_tokens"] < 2:
-        raise DataError("max_tokens is at least 2")
-
-    for path in files:
-        if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
-            raise DataError(f"{path} is not .jsonl or .txt, nor one of them with .gz or .zst after it")
-        if not os.path.isfile(path):
-            raise DataError(f"{path} does not exist")
-        if os.path.getsize(path) == 0:
-            raise DataError(f"{path} is empty")
+def content_of(source):
+    """{"bytes", "sha256"} of a source, to notice when it has changed. None for one that is streamed."""
+    if isinstance(source, Remote):
+        return None
+    if source != STDLIB:
+        return {"bytes": os.path.getsize(source), "sha256": file_sha256(source)}
+    size, digest = 0, hashlib.sha256()
+    for path, text in stdlib_files():
+        size += len(text.encode())
+        digest.update(f"{path}\0{text}\0".encode())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-@contextlib.contextmanager
-def one_reason(folder):
-    """A full disk and the like as a DataError that names the file or the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{error.filename or folder}: {error.strerror or error}. "
-                        "Nothing incomplete is kept, only downloads") from None
+def damaged(path, reason, name, data_dir, meta=None):
+    """The DataError for a file of a dataset. meta: its meta.json where that is known."""
+    return DataError(f"{path} is damaged: {reason}. Make it again: "
+                     f"{how_to_make(name, data_dir, meta, overwrite=True)}")
 
 
 def how_to_make(name, data_dir, meta=None, overwrite=False):
@@ -476,8 +514,9 @@ def how_to_make(name, data_dir, meta=None, overwrite=False):
         elif name != "stdlib":
             words += ["--files", "FILE.txt"]
     elif name == "pile":
-        words += ["--base_url", os.path.dirname(meta["sources"][0])]
-        words += ["--shards", *[str(int(os.path.basename(url)[:2])) for url in meta["sources"]]]
+        words += ["--base_url", os.path.dirname(meta["sources"][0]), "--shards"]
+        for url in meta["sources"]:
+            words += [os.path.basename(url).removesuffix(".jsonl.zst")]
     elif name != "stdlib":
         words += ["--files", *meta["sources"]]
 
@@ -486,81 +525,11 @@ def how_to_make(name, data_dir, meta=None, overwrite=False):
         for flag in ("tokenizer", "val_fraction", "shard_tokens", "max_tokens"):
             if meta.get(flag) is not None:
                 words += [f"--{flag}", str(meta[flag])]
-    if str(data_dir) != DATA_DIR:
+    if os.path.abspath(data_dir) != os.path.abspath(DATA_DIR):
         words += ["--data_dir", str(data_dir)]
     if overwrite:
         words += ["--overwrite"]
     return shlex.join(words)
-
-# -----------------------------------------------------------------------------
-# How much of val also stands in train
-
-GRAM = 13               # tokens
-
-def overlap(train, val, eot):
-    """For each document of val, which of its tokens lie in a run of GRAM tokens that also occurs in train.
-
-    train, val: (n,) ids of all documents. Returns a list of (n,) bool, one per document, without end-of-text.
-    """
-    # Which runs of val occur in train. Different runs have the same number by chance once in 2**64
-    known = np.sort(gram_hashes(train))
-    hashes = gram_hashes(val)                                                       # (n - GRAM + 1,)
-    found = np.searchsorted(known, hashes) < np.searchsorted(known, hashes, side="right")
-
-    # Which tokens lie in them
-    copied = np.zeros(len(val), dtype=bool)
-    for offset in range(GRAM):
-        copied[offset:offset + len(found)] |= found
-    return split_documents(copied, val, eot)
-
-
-def split_documents(values, ids, eot):
-    """Cut values, (n,), one per token, into those of each document, without its end-of-text."""
-    starts = np.flatnonzero(ids == eot) + 1
-    parts = zip(np.split(values, starts), np.split(ids, starts))
-    return [part[text != eot] for part, text in parts if len(text)]
-
-
-def gram_hashes(ids):
-    """(n - GRAM + 1,) uint64, a hash of every run of GRAM tokens: a polynomial in an odd number, modulo 2**64."""
-    ids = ids.astype(np.uint64) + np.uint64(1)
-    hashes = np.zeros(max(0, len(ids) - GRAM + 1), dtype=np.uint64)
-    for offset in range(GRAM):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[offset:offset + len(hashes)]
-    return hashes
-
-
-def print_overlap(name, data_dir, shown=15):
-    """The documents of val with the most text that also stands in train, and the share of all of it."""
-    folder = os.path.join(data_dir, name)
-    meta, shards = load(name, data_dir)
-    train, val = np.concatenate(shards["train"]), np.concatenate(shards["val"])
-    copied = overlap(train, val, meta["eot"])
-    names = document_names(folder, meta, val)
-
-    print(f"{folder}: tokens of val in runs of {GRAM} tokens that also occur in train\n")
-    print("share   tokens  document")
-    shares = np.array([part.mean() for part in copied])
-    tokens = np.array([len(part) for part in copied])
-    for i in np.argsort(-shares, kind="stable")[:shown]:
-        print(f"{shares[i]:5.1%} {tokens[i]:>8,}  {names[i]}")
-
-    print(f"\nall {len(copied)} documents: {np.concatenate(copied).mean():.1%} of the tokens")
-    for limit in (0.5, 0.2):
-        above = shares > limit
-        share_of_tokens = tokens[above].sum() / tokens.sum()
-        print(f"documents with more than {limit:.0%}: {above.sum()} ({above.mean():.1%}), with "
-              f"{share_of_tokens:.1%} of the tokens")
-
-
-def document_names(folder, meta, val):
-    """For each document of val, its path in the standard library, or else its first characters."""
-    if meta["sources"] == [STDLIB]:
-        files = [(path, text) for path, text in stdlib_files() if text]
-        return [path for path, text in files if document_is_val(text, meta["val_fraction"])]
-    encoding = load_tokenizer(folder)
-    beginnings = [ids[:16].tolist() for ids in split_documents(val, val, meta["eot"])]
-    return [repr(encoding.decode(ids)) for ids in beginnings]
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -588,22 +557,17 @@ def build_parser():
     p.add_argument("--overwrite", action="store_true",
                    help="replace the dataset if it exists, once the new one is complete")
     p.add_argument("--check", action="store_true",
-                   help="make nothing, verify every sha256 and token id")
-    p.add_argument("--overlap", action="store_true",
-                   help="make nothing, show how much of the validation text also occurs in training "
-                        "(needs 8 bytes of memory per token)")
+                   help="make nothing, verify every sha256, token id and count of the dataset")
     return p
 
 
 def main(argv=None):
     args = vars(build_parser().parse_args(argv))
-    name, only_check, only_overlap = args.pop("dataset"), args.pop("check"), args.pop("overlap")
+    name, only_check = args.pop("dataset"), args.pop("check")
     with one_line_errors(DataError, OSError):
         if only_check:
             load(name, args["data_dir"], full=True)
             print(f"{os.path.join(args['data_dir'], name)} is intact")
-        elif only_overlap:
-            print_overlap(name, args["data_dir"])
         else:
             prepare(name, **args)
 

@@ -11,6 +11,7 @@ train or val by a hash of its beginning: the split does not depend on the order 
 """
 import codecs
 import contextlib
+import functools
 import gzip
 import hashlib
 import json
@@ -51,6 +52,7 @@ class Remote(NamedTuple):
 # are nearly the same in many files, so that validation would find its text in training.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
 
+@functools.cache                        # it is read for the split, the vocabulary and the shards
 def stdlib_files():
     """The running Python's own library: a sorted list of (path in the library, text)."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -75,10 +77,8 @@ def documents(source):
             yield [text]
         return
     is_text = re.search(r"\.txt(\.\w+)?$", str(source))
-    try:
+    with archive_errors(source):
         yield from text_document(source) if is_text else json_documents(source)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-        raise DataError(f"{source}: the archive is damaged or ends early: {error}") from None
 
 
 @contextlib.contextmanager
@@ -95,6 +95,15 @@ def open_binary(source):
                 yield file
         else:
             yield raw
+
+
+@contextlib.contextmanager
+def archive_errors(source):
+    """What gzip and zstd raise, as a DataError."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+        raise DataError(f"{source}: the archive is damaged or ends early: {error}") from None
 
 
 def json_documents(source):
@@ -131,7 +140,7 @@ def json_text(line):
         text.encode()                                       # fails if it holds half of a surrogate pair
         return text
     except UnicodeDecodeError as error:
-        raise DataError(wrong_byte(error, error.object[:error.start].isascii())) from None
+        raise DataError(wrong_byte(error, ascii_before=True)) from None
     except UnicodeError as error:
         raise DataError(f"invalid UTF-8: {error.reason}") from None
     except (KeyError, TypeError, AttributeError):
@@ -159,10 +168,8 @@ def text_document(source):
 def read_text(path):
     """The text of a file (also .gz, .zst) as one string. Raises DataError, one line, if it is not UTF-8 nor
     has the byte order mark of another Unicode encoding. Line ends stay as they are."""
-    try:
+    with archive_errors(path):
         return "".join(decoded(path))
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
-        raise DataError(f"{path}: the archive is damaged or ends early: {error}") from None
 
 
 def decoded(source):
@@ -173,6 +180,8 @@ def decoded(source):
         if encoding in ("utf-16-le", "utf-16-be"):
             raise DataError(f"{source} looks like {encoding.upper()} without a byte order mark: "
                             f"{conversion(encoding, source)}")
+        if encoding == "utf-8" and chunk.count(0) > len(chunk) / 4:
+            raise DataError(f"{source} is not a text file: it is full of zero bytes")
 
         # Decode chunk by chunk. At the end an empty one, to see that no character is incomplete
         decoder = codecs.getincrementaldecoder(encoding)()
@@ -184,9 +193,9 @@ def decoded(source):
             except UnicodeDecodeError as error:
                 before = error.object[:error.start]
                 line += before.count(b"\n")
-                reason = wrong_byte(error, ascii_only and before.isascii())
-                if "Latin-1" in reason:
-                    reason += f": {conversion('latin1', source)}"
+                reason = wrong_byte(error, ascii_only)
+                if looks_like_latin1(error, ascii_only):
+                    reason += f": {conversion('windows-1252', source)}"
                 raise DataError(f"{source}:{line}: {reason}") from None
             line += text.count("\n")
             ascii_only = ascii_only and text.isascii()
@@ -196,27 +205,44 @@ def decoded(source):
 
 def text_encoding(beginning):
     """The encoding of a text by its first bytes: by its byte order mark, else by its zero bytes
-    (half of UTF-16 where it is English), else UTF-8."""
+    (every other byte of UTF-16 where it is English), else UTF-8."""
     marks = [(codecs.BOM_UTF8, "utf-8-sig"),
              (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),      # before those of UTF-16
              (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
     for mark, encoding in marks:
         if beginning.startswith(mark):
             return encoding
-    zeros = beginning[:4096].count(0)
-    if zeros > len(beginning[:4096]) / 3:
-        return "utf-16-le" if beginning[1:4096:2].count(0) > zeros / 2 else "utf-16-be"
+
+    # No mark: where are the zero bytes?
+    beginning = beginning[:4096]
+    even = beginning[::2].count(0)
+    odd = beginning[1::2].count(0)
+    quarter = len(beginning) / 4
+    if odd > quarter > even:
+        return "utf-16-le"
+    if even > quarter > odd:
+        return "utf-16-be"
     return "utf-8"
 
 
 def wrong_byte(error, ascii_before):
-    """What is wrong at the UnicodeDecodeError. Where all before it is ASCII, the text is not a damaged UTF-8
-    but probably another encoding."""
-    name = error.encoding.upper()
-    if name.startswith("UTF-8") and ascii_before and error.reason != "unexpected end of data":
-        byte = error.object[error.start]
-        return f"invalid UTF-8: byte {byte:#04x} ({chr(byte)!r} in Latin-1, which this probably is)"
-    return f"invalid {name}: {error.reason}"
+    """What is wrong at the UnicodeDecodeError. ascii_before: whether the text decoded before is all ASCII."""
+    if error.encoding == "utf-8" and b"\0" in error.object:
+        return "this is not a text file: it holds zero bytes"
+    if looks_like_latin1(error, ascii_before):
+        byte = error.object[error.start:error.start + 1]
+        character = byte.decode("windows-1252", "replace")
+        return (f"invalid UTF-8: byte 0x{byte.hex()} ({character!r} in Latin-1 or Windows-1252, "
+                "which this probably is)")
+    return f"invalid {error.encoding.upper()}: {error.reason}"
+
+
+def looks_like_latin1(error, ascii_before):
+    """Whether the text is probably no damaged UTF-8 but Latin-1, or its superset Windows-1252: the first
+    character beyond ASCII is invalid already."""
+    is_first = ascii_before and error.object[:error.start].isascii()
+    is_text = error.encoding == "utf-8" and b"\0" not in error.object
+    return is_first and is_text and error.reason != "unexpected end of data"
 
 
 def conversion(encoding, source):
@@ -300,10 +326,8 @@ def cut_in_two(sources, val_fraction):
 def pieces(sources, split, report):
     """Yield (train or val, text, whether it is the document's last piece).
 
-    split: a Split or a val_fraction. report(DataError) is called for what cannot be used.
+    split: a Split. report(DataError) is called for what cannot be used.
     """
-    if not isinstance(split, Split):
-        split = Split(split)
     for source in sources:
         for document in documents(source):
             if isinstance(document, DataError):

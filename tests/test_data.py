@@ -26,6 +26,7 @@ import documents
 import tokenizer as tokenization
 from documents import zstd
 from common import DataError
+from dev import overlap
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -269,6 +270,26 @@ def test_bytes_do_not_depend_on_the_cores(tmp_path, monkeypatch, corpus):
     assert files_of(tmp_path / "1/x") == files_of(tmp_path / "7/x")
 
 
+@pytest.mark.parametrize("sizes", [[1] * 25, [9, 1, 9, 1], [10, 10], [11], [0, 35, 0, 5, 0]])
+def test_every_shard_but_the_last_is_full(tmp_path, sizes):
+    """However the ids arrive, also where a part ends just at, before or after the border."""
+    ids = np.arange(sum(sizes), dtype=np.uint32) % 256
+    writer = data.ShardWriter(str(tmp_path), "train", 257, shard_tokens=10)
+    for part in np.split(ids, np.cumsum(sizes)[:-1]):
+        writer.write(part)
+    writer.close()
+    lengths = [min(10, len(ids) - start) for start in range(0, len(ids), 10)]
+    assert [shard["tokens"] for shard in writer.shards] == lengths
+    assert ids_of(tmp_path, "train") == ids.tolist()
+    assert writer.counts.tolist() == np.bincount(ids, minlength=257).tolist()
+
+
+def test_ids_are_counted_once():
+    """Also where one part of the counting ends and the next begins."""
+    ids = np.random.default_rng(0).integers(0, 300, 2**21 + 5).astype(np.uint16)
+    assert data.count_ids(ids, 301).tolist() == np.bincount(ids, minlength=301).tolist()
+
+
 @pytest.mark.parametrize("n_vocab, dtype", [(2**16, "uint16"), (2**16 + 1, "uint32")])
 def test_dtype_holds_the_vocabulary(tmp_path, monkeypatch, n_vocab, dtype):
     tokens = [chr(i) for i in range(256)] + [chr(i) + chr(j) for i in range(256) for j in range(256)]
@@ -287,7 +308,8 @@ def test_bpe_is_trained_on_the_training_split_of_every_source(tmp_path, monkeypa
     texts = [" ".join(str(i * j) for j in range(20)) for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "b.jsonl", texts[::-1])
-    sample = "".join(documents.vocabulary_text([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], 0.5))
+    half = documents.Split(0.5)
+    sample = "".join(documents.vocabulary_text([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], half))
     train = [text for text in texts if not documents.document_is_val(text, 0.5)]
     assert sample == "".join(train)[:1000] + "".join(train[::-1])[:1000]
 
@@ -343,6 +365,20 @@ def test_one_document_is_cut(tmp_path, monkeypatch, name, piece, val_fraction):
         assert train.endswith("\n")
 
 
+@pytest.mark.parametrize("train_characters", range(1, 40))
+def test_both_parts_of_a_document_end(monkeypatch, train_characters):
+    """Wherever the cut is, also just between two pieces: each part has one last piece, and nothing is lost."""
+    set_piece(monkeypatch, 10)
+    text = "x" * 40
+    parts = list(documents.two_parts([text], train_characters))
+    train = [(part, last) for side, part, last in parts if side == "train"]
+    val = [(part, last) for side, part, last in parts if side == "val"]
+    assert "".join(part for part, _ in train) == text[:train_characters]
+    assert "".join(part for part, _ in val) == text[train_characters:]
+    for part in (train, val):
+        assert [last for _, last in part] == [False] * (len(part) - 1) + [True]
+
+
 @pytest.mark.parametrize("text", ["ab", "a b", "x" * 999, "\n" * 7])
 @pytest.mark.parametrize("val_fraction", [1e-6, 0.5, 1 - 1e-6])
 def test_one_short_document_is_cut(tmp_path, text, val_fraction):
@@ -376,6 +412,21 @@ def test_max_tokens_of_files(tmp_path, corpus):
             assert ids == ids_of(tmp_path / "all/x", split)[:len(ids)]
     with pytest.raises(DataError, match="(train|val) has no document.*max_tokens"):
         prepare_small(corpus[0], tmp_path / "few", tokenizer="bytes", max_tokens=2)
+
+@pytest.mark.parametrize("N", range(1, 13))
+def test_first_tokens(N):
+    """Every border: tokens and bytes are those of the first N, and the document that is cut counts as one."""
+    encoding = tokenization.build_encoding({"name": "bytes"})
+    parts = [("train", [1, 2], False), ("train", [3, 256], True), ("val", [4, 256], True),
+             ("train", [5, 6, 7, 256], True)]
+    stream = [(side, np.array(ids, dtype=np.uint32), sum(i < 256 for i in ids), last)
+              for side, ids, last in parts]
+    found = list(data.first_tokens(iter(stream), N, encoding))
+    want = [(side, i) for side, ids, _ in parts for i in ids][:N]
+    assert [(side, i) for side, ids, *_ in found for i in ids.tolist()] == want
+    assert sum(size for *_, size, _ in found) == sum(i < 256 for _, i in want)
+    whole, cut = sum(i == 256 for _, i in want), want[-1][1] != 256
+    assert sum(last for *_, last in found) == whole + cut and all(len(ids) for _, ids, *_ in found)
 
 # -----------------------------------------------------------------------------
 # Interruptions and reruns
@@ -494,6 +545,22 @@ def test_other_arguments_after_a_stop_leave_nothing_behind(tmp_path, monkeypatch
     assert files_of(tmp_path / "a/x") == files_of(tmp_path / "b/x")
 
 
+def test_killed_at_any_rename(tmp_path, monkeypatch, corpus):
+    """Nothing is tidied up, as after kill -9: the last file makes it a dataset, with all the others there."""
+    prepare_small(corpus[0], tmp_path / "undisturbed")
+    whole = files_of(tmp_path / "undisturbed/x")
+    for k in range(2 * len(whole)):
+        folder = tmp_path / str(k)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(data.shutil, "rmtree", lambda *_, **__: None)
+            stop_at_rename(patch, k)
+            prepare_small(corpus[0], folder)
+        assert not (folder / "x/meta.json").exists()
+        assert (folder / "x/new/meta.json").exists() == (k >= len(whole))
+        prepare_small(corpus[0], folder)
+        assert files_of(folder / "x") == whole
+
+
 def test_killed(tmp_path):
     """kill -9 of the real script while it writes shards."""
     rng = random.Random(0)
@@ -525,7 +592,8 @@ def test_rerun(tmp_path, capsys, corpus):
     assert "already exists" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     for change, what in [("--tokenizer bpe:257", "tokenizer"), ("--val_fraction 0.4", "val_fraction"),
-                         ("--shard_tokens 5000", "shard_tokens"), (f"--files {corpus[0][0]}", "sources")]:
+                         ("--shard_tokens 5000", "shard_tokens"), ("--max_tokens 9999", "max_tokens"),
+                         (f"--files {corpus[0][0]}", "sources")]:
         assert f"with a different {what}: add --overwrite" in error_of(capsys, *flags, *change.split())
         assert files_of(folder) == first
     data.main([*flags, "--shard_tokens", "5000", "--overwrite"])
@@ -596,7 +664,8 @@ def test_bad_lines_are_named_counted_and_left_out(tmp_path, monkeypatch, capsys)
     for i, (line, (_, reason)) in enumerate(zip(err[:5], bad)):
         assert line.startswith(f"skipped {tmp_path}/a.jsonl:{3 * i + 4}: {reason}")
     report = []
-    assert list(documents.pieces([str(tmp_path / "a.jsonl")], 0.5, report.append)) and len(report) == 10
+    half = documents.Split(0.5)
+    assert list(documents.pieces([str(tmp_path / "a.jsonl")], half, report.append)) and len(report) == 10
     assert all(reason in str(error) and "\n" not in str(error) for error, (_, reason) in zip(report, bad))
     assert meta["skipped"] == 10 and sum(split["documents"] for split in meta["splits"].values()) == 30
 
@@ -637,12 +706,16 @@ def test_byte_order_marks_are_read(tmp_path, monkeypatch, encoding, mark, suffix
 
 
 @pytest.mark.parametrize("content, message", [
-    (FRENCH.encode("latin-1"), r":1: invalid UTF-8: byte 0xe9 \('é' in Latin-1, which this probably is\): cat"),
+    (FRENCH.encode("latin-1"), r":1: invalid UTF-8: byte 0xe9 \('é' in Latin-1 or Windows-1252, "
+                               r"which this probably is\): cat"),
     ("plain\nplain caf\xe9".encode("latin-1") + b" and more", r":2: invalid UTF-8: byte 0xe9"),
     ("plain\n".encode("utf-16-le") * 9, "looks like UTF-16-LE without a byte order mark: cat"),
     ("plain\n".encode("utf-16-be") * 9, "looks like UTF-16-BE without a byte order mark: cat"),
     (FRENCH.encode("utf-16") + b"x", ":19: invalid UTF-16-LE: truncated data"),
     ("é\né".encode() + b"\xe9t", ":2: invalid UTF-8: "),                        # damaged, not Latin-1
+    ("“Un été”\n".encode("windows-1252") * 9, r":1: .* byte 0x93 \('“' in Latin-1 or Windows-1252"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "is not a text file: it holds zero"),
+    (bytes(1000), "is not a text file: it is full of zero bytes"),
 ])
 def test_other_encodings_are_named(tmp_path, capsys, content, message):
     path = tmp_path / "it's mine.txt"
@@ -656,7 +729,7 @@ def test_other_encodings_are_named(tmp_path, capsys, content, message):
         command = str(error.value).partition(": cat ")[2].replace("utf8.txt", "b.txt")
         subprocess.run(f"cat {command}", shell=True, check=True, cwd=tmp_path)
         text = documents.read_text(tmp_path / "b.txt")
-        assert text.startswith(("Un été", "plain"))
+        assert text.startswith(("Un été", "“Un été”", "plain"))
 
 
 def test_jsonl_in_other_encodings(tmp_path):
@@ -666,7 +739,7 @@ def test_jsonl_in_other_encodings(tmp_path):
         list(documents.documents(str(tmp_path / "a.jsonl")))
     (tmp_path / "a.jsonl").write_bytes(line.encode("latin-1") + line.encode())
     bad, good = documents.documents(str(tmp_path / "a.jsonl"))
-    assert "a.jsonl:1: invalid UTF-8: byte 0xe9 ('é' in Latin-1" in str(bad) and good == ["un été"]
+    assert "a.jsonl:1: invalid UTF-8: byte 0xe9 ('é' in Latin-1 or" in str(bad) and good == ["un été"]
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:300", pytest.param("gpt2", marks=needs_shared)])
@@ -798,6 +871,50 @@ def test_load_refuses_meta(dataset, content):
         data.load("x", dataset.parent)
 
 
+def test_a_dataset_needs_its_tokenizer_and_counts(dataset, capsys):
+    """A missing tokenizer is noticed by everyone, what does not belong to the shards by --check."""
+    flags = ["--dataset", "x", "--data_dir", str(dataset.parent), "--check"]
+    tokenizer, counts = (dataset / "tokenizer.json").read_bytes(), np.load(dataset / "unigram.npy")
+    (dataset / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="tokenizer.json is damaged: it is missing. Make it again: python"):
+        data.load("x", dataset.parent)
+    tokenization.save_tokenizer("bytes", dataset)
+    data.load("x", dataset.parent)
+    assert "tokenizer.json is damaged: it does not have 280 tokens" in error_of(capsys, *flags)
+    (dataset / "tokenizer.json").write_bytes(tokenizer)
+    data.main(flags)
+    capsys.readouterr()
+    np.save(dataset / "unigram.npy", np.roll(counts, 1))
+    assert "unigram.npy is damaged: it does not count train" in error_of(capsys, *flags)
+    (dataset / "unigram.npy").unlink()
+    assert "unigram.npy does not exist" in error_of(capsys, *flags)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "x/"])
+def test_a_name_is_no_path(tmp_path, name):
+    """Not `there is no dataset, make it`, as it could not be made."""
+    with pytest.raises(DataError, match="is not the name of a folder"):
+        data.load(name, tmp_path)
+    with pytest.raises(DataError, match="is not the name of a folder"):
+        data.prepare(name, ["a.txt"], data_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    """One line that names the place: where a file stands for the folder, and in a read-only folder."""
+    write_jsonl(tmp_path / "a.jsonl", [f"number {i}" for i in range(100)])
+    (tmp_path / "x").write_text("no folder")
+    flags = ["--dataset", "x", "--files", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--data_dir", tmp_path]
+    assert error_of(capsys, *flags).startswith(f"error: {tmp_path}/x: File exists. ")
+    assert (tmp_path / "x").read_text() == "no folder"
+
+    def refuse(path, *args, **options):
+        raise OSError(30, "Read-only file system", str(path))
+    monkeypatch.setattr("builtins.open", refuse)
+    error = error_of(capsys, *flags)
+    assert error.startswith(f"error: {tmp_path}/x.lock: Read-only file system. ")
+
+
 def test_hints_work_when_typed_in(tmp_path, capsys, monkeypatch):
     """The command in every message, run by a shell as it stands, makes the dataset that was asked for."""
     folder = tmp_path / "my sets; rm"
@@ -814,9 +931,12 @@ def test_hints_work_when_typed_in(tmp_path, capsys, monkeypatch):
     with pytest.raises(DataError, match="there is no dataset .*there is: none") as error:
         data.load("stdlib", folder)
     assert str(error.value).endswith(f"python data.py --dataset stdlib --data_dir '{folder}'")
-    with pytest.raises(DataError) as error:
-        data.load("stdlib")
-    assert str(error.value).endswith("python data.py --dataset stdlib")
+    monkeypatch.chdir(folder)
+    for same in ("data", folder / "data"):                  # the default, as train.py gives it
+        with pytest.raises(DataError) as error:
+            data.load("stdlib", same)
+        assert str(error.value).endswith("python data.py --dataset stdlib")
+    monkeypatch.undo()
 
     # The Pile, in a size that one would want
     with pytest.raises(DataError) as error:
@@ -882,6 +1002,7 @@ def test_check(dataset, capsys, monkeypatch):
     ids[1300] = 280
     np.save(dataset / "train_0001.npy", ids)
     monkeypatch.setattr(data, "SCAN", 1000)
+    monkeypatch.setattr(data, "CHUNK", 1000)
     data.load("x", dataset.parent)
     assert "beyond the vocabulary of 280" in error_of(capsys, *flags)
 
@@ -926,7 +1047,7 @@ def test_message_names_the_split_that_is_too_short(split):
 
 def naive_overlap(train, val, eot):
     """The definition, with tuples."""
-    n = data.GRAM
+    n = overlap.GRAM
     known = {tuple(train[i:i + n]) for i in range(len(train) - n + 1)}
     copied = [False] * len(val)
     for i in range(len(val) - n + 1):
@@ -953,7 +1074,7 @@ def test_overlap_is_the_naive_one(last):
     val[[99, 112]] = (train[[19, 32]] + 1) % 5
     val[150:180] = train[:30]
     val[[35, 75, last]] = eot                                   # the last document: complete, or cut
-    found = data.overlap(train.astype(np.uint16), val.astype(np.uint16), eot)
+    found = overlap.overlap(train.astype(np.uint16), val.astype(np.uint16), eot)
     want = naive_overlap(train.tolist(), val.tolist(), eot)
     assert [part.tolist() for part in found] == want
     assert [sum(part) for part in want][:3] == [15, 14, 43]
@@ -968,7 +1089,7 @@ def test_overlap_names_the_copies(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", texts + copies)
     prepare_small([tmp_path / "a.jsonl"], tmp_path, tokenizer="bytes")
     capsys.readouterr()
-    data.main(["--dataset", "x", "--data_dir", str(tmp_path), "--overlap"])
+    overlap.main(["--dataset", "x", "--data_dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert re.search(r"share +tokens +document\n9\d\.\d% +\d+  'copy \d", out)
     assert re.search(r"documents with more than 50%: 1 \(", out)
@@ -1001,14 +1122,30 @@ def test_stdlib(stdlib):
         assert meta["splits"][split]["tokens"] < meta["splits"][split]["bytes"] / 2.5
 
 
+def test_another_stdlib_is_noticed(stdlib, monkeypatch):
+    """A library with the same version and other text: a patched one, or that of another installation."""
+    data.prepare("stdlib", data_dir=stdlib)
+    other = [*data.stdlib_files()[:-1], ("zipp.py", "pass\n")]
+    monkeypatch.setattr(data, "stdlib_files", lambda: other)
+    with pytest.raises(DataError, match="already exists, and standard library .* has changed since"):
+        data.prepare("stdlib", data_dir=stdlib)
+
+
 def test_stdlib_has_no_twins_across_the_split(stdlib, capsys):
     """Without encodings 7 % of the tokens of val are in runs of 13 that also occur in train (English text:
     7 % too), with encodings it was 20 %."""
-    data.print_overlap("stdlib", stdlib)
+    overlap.print_overlap("stdlib", stdlib)
     out = capsys.readouterr().out
     share = float(re.search(r"all \d+ documents: ([\d.]+)% of the tokens", out)[1])
     copied = float(re.search(r"more than 50%: .* with ([\d.]+)% of the tokens", out)[1])
     assert share < 12 and copied < 3
+
+    # Each line has the document's own name
+    encoding, texts = tokenization.load_tokenizer(stdlib / "stdlib"), dict(documents.stdlib_files())
+    lines = re.findall(r"^ *[\d.]+% +([\d,]+)  (\S+\.py)$", out, flags=re.M)
+    assert len(lines) == 15
+    for tokens, name in lines:
+        assert int(tokens.replace(",", "")) == len(tokenization.encode_text(encoding, texts[name]))
 
 
 @needs_shared
@@ -1070,6 +1207,11 @@ def test_few_tokens_come_from_everywhere(tokens, n):
     assert all((np.diff(piece) == 1).all() for piece in pieces)                     # one stretch of one shard
     numbers = [start // 2048 if start < 50_000 else 4 + (start - 50_000) // 2048 for start in starts]
     assert np.abs(np.array(numbers) - np.arange(n) * 10 / n).max() < 1              # evenly spread
+
+
+def test_a_group_for_a_thread_is_as_large_as_a_piece():
+    """data.py has a length of its own for `few`: it must not take the name of the tokenizer's."""
+    assert data.PIECE == tokenization.PIECE > data.STRETCH
 
 
 def test_few_tokens_of_too_few():

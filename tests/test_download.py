@@ -6,6 +6,7 @@ common.fetch and the Pile's preparation against a local HTTP server. CPU, no net
 import hashlib
 import http.server
 import json
+import os
 import random
 import socket
 import threading
@@ -37,7 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.log.append((self.path, self.headers["Range"], self.headers["User-Agent"]))
         if how.isdigit():
             return self.send_error(int(how))
-        same = self.headers["If-Range"] in (None, etag)
+        same = self.headers["If-Range"] in (None, etag) or how == "noifrange"
         if how not in ("norange", "nolength") and self.headers["Range"] and same:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
@@ -90,6 +91,21 @@ def test_download(server, tmp_path, how):
     assert len(server.log) == 1
 
 
+def test_a_download_is_on_the_disk_before_it_has_its_name(server, tmp_path, monkeypatch):
+    on_disk, fsync, replace = set(), os.fsync, os.replace
+
+    def note(file):
+        on_disk.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    def check(old, new):
+        assert os.stat(old).st_ino in on_disk
+        replace(old, new)
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    common.fetch(f"{server.url}/good/file", tmp_path / "file")
+
+
 @pytest.mark.parametrize("how, resumes", [("good", True), ("norange", False), ("nolength", False)])
 def test_resumes(server, tmp_path, how, resumes):
     """The beginning is marked: it is kept if the server can resume, and replaced if it sends everything."""
@@ -100,9 +116,9 @@ def test_resumes(server, tmp_path, how, resumes):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-@pytest.mark.parametrize("how", ["good", "noetag"])
+@pytest.mark.parametrize("how", ["good", "noifrange", "noetag"])
 def test_part_of_another_file_is_not_resumed(server, tmp_path, how):
-    """By its ETag, or without one by its size."""
+    """By its ETag, also if the server ignores If-Range, or without one by its size."""
     with pytest.raises(DataError, match="stopped at 1700000 of 3000000 bytes"):
         common.fetch(f"{server.url}/broken/file", tmp_path / "file")
     if how == "noetag":
@@ -135,6 +151,22 @@ def test_one_of_many_downloads(server, tmp_path):
         worker.join()
     assert not errors and len(server.log) == 1
     assert (tmp_path / "file").read_bytes() == CONTENT and list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_who_waited_for_a_lock_holds_one(tmp_path):
+    """The first removes the lock file at its end: who waited for it must not hold a file that is gone."""
+    seen = []
+
+    def wait():
+        with common.lock(tmp_path / "file.lock"):
+            seen.append((tmp_path / "file.lock").exists())
+    with common.lock(tmp_path / "file.lock"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        assert not seen
+    waiting.join()
+    assert seen == [True] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [None, len(CONTENT)])
@@ -225,6 +257,7 @@ def test_pile(pile, tmp_path):
     assert sum(split["documents"] for split in meta["splits"].values()) == 2300
     prepare_pile(pile, "good", tmp_path)                                        # is there
     prepare_pile(pile, "good", tmp_path, overwrite=True)                        # does not download again
+    prepare_pile(pile, "good", tmp_path, overwrite=True, max_tokens=100_000)    # nor is it streamed
     assert len(pile.log) == 2
 
 

@@ -475,7 +475,7 @@ def test_every_script_runs_where_the_screen_has_few_characters(tmp_path):
     folder = tmp_path / "\u00e9t\u00e9 \u65e5\u672c"
     data_flags = ["--dataset", "toy", "--data_dir", folder]
     call_script("data.py", *data_flags, "--tokenizer", "bytes", "--val_fraction", "0.2", "--files", *texts)
-    call_script("data.py", *data_flags, "--overlap")
+    call_script("dev/overlap.py", *data_flags)
     call_script("train.py", *TINY, "--data_dir", folder, "--out_dir", folder / "vlm", "--max_iters", "2")
     call_script("sample.py", "--checkpoint", folder / "vlm", "--prompt", "\u65e5\u672c", "--watch")
     call_script("eval_ppl.py", "--checkpoint", folder / "vlm", "--val", "--max_windows", "2")
