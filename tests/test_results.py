@@ -1,9 +1,11 @@
 """
 Every number of our own in README.md and docs/ comes from results/, by the command beside it.
 
-A section (from one heading to the next) that names a `python report.py FILE ...` command in an sh block may
+A section (from one heading to the next) that names a `python report.py FILE ...` command, in an sh block or a comment, may
 only hold tables and numbers that this command prints. README's findings may hold what any of them prints.
 """
+import contextlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +16,9 @@ import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-COMMAND = r"^python report\.py (results/.*?)(?:\s+#.*)?$"
+COMMAND = r"^(?:<!-- )?python report\.py (results/.*?)(?:\s+#.*| -->)?$"
+
+pytestmark = pytest.mark.skipif(not (ROOT / "results").exists(), reason="results/ is not in a student copy")
 
 
 def sections():
@@ -43,8 +47,6 @@ def printed():
     outputs = {}
 
     def run(text):
-        import contextlib
-        import io
         for command in re.findall(COMMAND, text, flags=re.M):
             if command not in outputs:
                 out = io.StringIO()
