@@ -6,16 +6,19 @@ only hold tables and numbers that this command prints. README's findings may hol
 """
 import contextlib
 import io
+import itertools
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import report
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "dev/LOG.md"]
 COMMAND = r"^(?:<!-- )?python report\.py (results/.*?)(?:\s+#.*| -->)?$"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "results").exists(), reason="results/ is not in a student copy")
@@ -67,7 +70,7 @@ def printed():
 def numbers(text):
     """The numbers of a text that claim something: with a decimal point, in percent, or "N times"."""
     text = re.sub(r"`[^`]*`|\[[^\]]*\]\([^)]*\)|```.*?```", " ", text, flags=re.S)      # code and links
-    text = re.sub(r"\barXiv \S+|\btorch [\d.]+", " ", text)
+    text = re.sub(r"\barXiv \S+|\btorch [\d.]+|\bTheorem [\d.]+", " ", text)
     return set(re.findall(r"\d+\.\d+|\d+(?= %)|\d+(?= times)", text))
 
 
@@ -101,6 +104,46 @@ def test_the_findings_in_the_readme_are_printed_somewhere(printed):
     everything = "\n".join(printed(section) for _, section in sections())
     unknown = numbers(found) - readings(everything)
     assert not unknown, f"no report.py command of the docs prints {', '.join(sorted(unknown))}"
+
+
+def section(page, heading):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.search(rf"^## {heading}.*?(?=^## |\Z)", text, flags=re.M | re.S)[0]
+
+
+def test_the_verdicts_are_printed_somewhere(printed):
+    """The first column of verdicts; the second one is of an older format, below."""
+    everything = "\n".join(printed(text) for _, text in sections())
+    for row in table_rows(section("docs/RESULTS.md", "Verdicts"))[1:]:
+        unknown = numbers(row[1]) - readings(everything)
+        assert not unknown, f"{row[0]}: no report.py command of the docs prints {', '.join(sorted(unknown))}"
+
+
+def test_english_numbers_are_those_of_the_older_file():
+    """results/compare-glue.json holds {objective: {seed: {measurement: value}}} and no test documents."""
+    runs = json.loads((ROOT / "results/compare-glue.json").read_text(encoding="utf-8"))["results"]
+    names = list(next(iter(runs["mlm"].values())))
+    values = {objective: {name: np.array([run[name] for run in by_seed.values() if name in run]) for name in names}
+              for objective, by_seed in runs.items()}
+
+    # The table: each cell is a mean [least, greatest] of its column's objective
+    head, *rows = table_rows(section("docs/RESULTS.md", "English"))
+    for objective, column in zip(head[1:], list(zip(*rows))[1:]):
+        known = {report.spread(found) for found in values[objective].values() if len(found)}
+        assert set(column) - {""} <= known, f"{objective}: {set(column) - {''} - known}"
+
+    # The verdicts: paired ratios of perplexities and their change in percent, differences of probes in points
+    known = set()
+    for a, b in itertools.permutations(values.values(), 2):
+        for name in names:
+            if name.startswith("perplexity"):
+                for other in (name, f"{name}, suffix matched"):
+                    ratio = (a[name] / b[other]).mean() if len(a[name]) and len(b.get(other, [])) else 1
+                    known |= {f"{ratio:.1f}", f"{abs(1 - ratio) * 100:.0f}"}
+            else:
+                known.add(f"{abs((a[name] - b[name]).mean()):.1f}")
+    for row in table_rows(section("docs/RESULTS.md", "Verdicts"))[1:]:
+        assert numbers(row[2]) <= known, f"{row[0]}: {numbers(row[2]) - known}"
 
 
 def test_there_are_such_sections():
