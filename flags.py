@@ -21,7 +21,7 @@ PRESETS = {     # batch_size: sequences per micro-batch; batch_tokens: per updat
                  batch_size=16, batch_tokens=2048, max_iters=1000, warmup_iters=50,
                  optimizer="muon", learning_rate=1e-2, eval_interval=250, eval_sequences=320),
     "small": dict(dataset="stdlib", n_layer=8, n_head=8, n_embd=512, block_size=512,
-                  batch_size=64, batch_tokens=32768, max_iters=400, warmup_iters=40,
+                  batch_size=64, batch_tokens=32768, max_iters=375, warmup_iters=40,
                   optimizer="muon", learning_rate=3e-3, eval_interval=100, eval_sequences=1280),
     "paper": dict(dataset="pile", n_layer=16, n_head=12, n_embd=768, block_size=512,
                   batch_size=64, batch_tokens=524288, max_iters=20000, warmup_iters=700,
