@@ -35,7 +35,7 @@ EXERCISES = {
 LEFT_OUT = [".ci", "results", "assets", "docs/ANSWERS.md", "docs/RESULTS.md", "dev/LOG.md",
             "dev/student_copy.py", "tests/test_student_copy.py", "tests/test_readme.py",
             "tests/test_grader.py", "tests/test_grader_model.py", "tests/test_grader_evals.py",
-            "tests/test_answers.py"]
+            "tests/test_answers.py", "tests/test_results.py"]
 
 # -----------------------------------------------------------------------------
 # Blanking a function
