@@ -20,7 +20,7 @@ def finished(scripts, capsys):                                               # n
     printed = capsys.readouterr().out
     shutil.move("out/compare/compare.json", "saved.json")
     shutil.rmtree("out")
-    return printed[printed.index("\nmean over seeds"):]
+    return printed[printed.index("\nMean over seeds"):]
 
 
 def refused(capsys, *words):

@@ -27,6 +27,17 @@ from common import hold, load_checkpoint, read_config, source_digests
 from objectives import OBJECTIVES
 from run import flags_in_force
 
+
+@pytest.fixture(autouse=True, scope="module")
+def signals_arrive():
+    """A test run in the background of a shell ignores Ctrl-C, and under nohup SIGHUP. Its processes would too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 # -----------------------------------------------------------------------------
 # Flags
 
