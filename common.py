@@ -119,7 +119,7 @@ def align(rows):
 
 
 def check_plot(path):
-    """Raises ValueError, before any work, if a figure cannot be drawn to `path` (None: no figure is asked for)."""
+    """Raises ValueError, before any work, if a figure cannot be drawn to `path`. None: no figure is wanted."""
     if path is None:
         return
     try:
@@ -512,7 +512,7 @@ def reuse_memory():
 # Checkpoints: out_dir/ckpt.pt holds tensors only, out_dir/config.json says in plain text what they are
 
 def save_config(out_dir, config, **rest):
-    """Write out_dir/config.json: the model's sizes, and what else the caller wants to be known (JSON values)."""
+    """Write out_dir/config.json: the model's sizes, and what else the caller wants known (JSON values)."""
     write_json(os.path.join(out_dir, "config.json"), {"model": asdict(config), **rest})
 
 

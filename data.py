@@ -5,7 +5,7 @@ Documents -> tokens -> memory-mapped shards -> windows.
     python data.py --dataset mine --files book.txt          # your own text
     python data.py --dataset mine --files a.jsonl b.jsonl.gz c.jsonl.zst d.txt --tokenizer bpe:4096
     python data.py --dataset pile --shards 0 --max_tokens 100000000     # downloads 110 MB of the Pile
-    python data.py --dataset pile --shards 0 1              # two of its 30 shards, 11.1 GB and 9.8e9 tokens each
+    python data.py --dataset pile --shards 0 1           # two of its 30 shards of 11.1 GB, 9.8e9 tokens each
     python data.py --dataset mine --check                   # is every byte of it as it was made?
 
 A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after each
@@ -173,7 +173,7 @@ def first_tokens(stream, max_tokens, encoding):
 
 
 class ShardWriter:
-    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ..., shard_tokens in each. Call close() at the end.
+    """Appends ids to folder/SPLIT_0000.npy, SPLIT_0001.npy, ..., shard_tokens in each. close() ends it.
 
     shards: [{"file", "tokens", "sha256"}, ...] of those that are complete.
     counts: (V,) int64, how often each id occurs in them.

@@ -46,7 +46,7 @@ import data
 import texts
 import tokenizer
 from common import (DataError, Parser, add_device_flags, align, check_plot, load_checkpoint, one_line_errors,
-                    pick_device, pick_dtype, result_path, save_figure, show_any_character, write_result)
+                    pick_device, pick_dtype, result_path, save_figure, write_result)
 from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -790,7 +790,6 @@ def run(args, command):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    show_any_character()
     words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
         try:

@@ -3,7 +3,7 @@ Fine-tuning: the whole model is trained on a task, with a linear head on its poo
 
     predictions, how, by_seed = finetune_seeds(model, task, eot, "mean", args)
 
-The learning rate is chosen on held-out training examples. Every seed starts again from the model that is given,
+The learning rate is chosen on held-out training examples. Every seed starts again from the given model,
 which stays as it is.
 """
 import copy

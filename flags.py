@@ -86,7 +86,8 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
                    help="the rate at the end, as a fraction of its peak")
     p.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
-    p.add_argument("--seed", type=int, default=0, help="seeds the initial weights, the data order and the masks")
+    p.add_argument("--seed", type=int, default=0,
+                   help="seeds the initial weights, the data order and the masks")
 
     p.add_argument("--train_tokens", type=int, default=0, metavar="N",
                    help="train on N tokens only, evenly spread over the training split: few data, many "
@@ -98,7 +99,8 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
     p.add_argument("--resume", action="store_true",
                    help="continue the run in out_dir with its own flags (given ones replace them)")
-    p.add_argument("--overwrite", action="store_true", help="replace the run in out_dir, once the new one has a checkpoint")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace the run in out_dir, once the new one has a checkpoint")
     add_device_flags(p)
     p.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                    help="torch.compile; auto: on GPUs, and on CPUs when the run is long enough to pay for it")

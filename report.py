@@ -310,8 +310,8 @@ def all_runs(runs):
 def show(runs, differences, rows=""):
     """Print both tables. rows: a regular expression, only the measurements that it finds."""
     seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
-    print(f"\nMean over seeds {seeds} [least, greatest]. Probes in percent. Word frequencies are scored on the "
-          "same tokens as the setting, for masked models a sample.\n")
+    print(f"\nMean over seeds {seeds} [least, greatest]. Probes in percent. Word frequencies are scored on "
+          "the same tokens as the setting, for masked models a sample.\n")
     print(table(runs, rows))
     wanted = [found for found in differences if re.search(rows, found["measurement"])]
     if wanted:

@@ -431,8 +431,8 @@ COMPILE_PAYS_FLOPS = 2e13   # of a run on a CPU: compiling takes 10 to 20 s, a s
 
 
 def pick_compile(args, step_flops):
-    """Whether to compile: on a GPU yes,
-    on a CPU if there is a C++ compiler and the run is long enough to pay for it.
+    """Whether to compile. On a GPU yes. On a CPU if there is a C++ compiler and the run is long enough to pay
+    for it.
     """
     if args.compile != "auto":
         return args.compile == "on"

@@ -5,7 +5,7 @@ How much of the validation text also stands in the training text? A model may re
     python dev/overlap.py --dataset mine --documents 50
 
 A token of val counts as copied if it lies in a run of 13 tokens that also occurs in train. Prints the share
-of copied tokens of the documents that have most, and of all of them. Needs about 30 bytes of memory per token.
+of copied tokens of the documents that have most, and of all of them. Memory: about 30 bytes per token.
 """
 import os
 import sys
@@ -69,9 +69,11 @@ def print_overlap(name, data_dir, shown=15):
     tokens = np.array([len(part) for part in copied])
     order = np.argsort(-shares, kind="stable")
     for i in order[:shown]:
-        print(f"{shares[i]:5.1%} {tokens[i]:>8,}  {names[i]}")
+        share = f"{shares[i]:.1%}"
+        print(share.rjust(5), f"{tokens[i]:,}".rjust(8), "", names[i])
 
-    print(f"\nall {len(copied)} documents: {np.concatenate(copied).mean():.1%} of the tokens")
+    share = np.concatenate(copied).mean()
+    print(f"\nall {len(copied)} documents: {share:.1%} of the tokens")
     for limit in (0.5, 0.2):
         above = shares > limit
         documents = f"{above.sum()} ({above.mean():.1%})"
