@@ -59,7 +59,8 @@ def print_overlap(name, data_dir, shown=15):
     """The documents of val with the most text that also stands in train, and the share of all of it."""
     folder = os.path.join(data_dir, name)
     meta, shards = load(name, data_dir)
-    train, val = np.concatenate(shards["train"]), np.concatenate(shards["val"])
+    train = np.concatenate(shards["train"])
+    val = np.concatenate(shards["val"])
     copied = overlap(train, val, meta["eot"])
     names = document_names(folder, meta, val)
 
