@@ -135,6 +135,7 @@ def test_a_plain_step_that_does_not_fit_is_left_out(capsys):
 # -----------------------------------------------------------------------------
 # The command
 
+@pytest.mark.slow
 def test_every_number_follows_from_the_times(monkeypatch, capsys):
     monkeypatch.setattr(bench, "ceiling", lambda device, dtype: 1e9)
     report = bench.run(parse())

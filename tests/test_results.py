@@ -85,6 +85,7 @@ def readings(output):
     return allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in sections()])
 def test_tables_and_numbers_are_those_of_the_command_beside_them(text, printed):
     output = printed(text)
@@ -96,6 +97,7 @@ def test_tables_and_numbers_are_those_of_the_command_beside_them(text, printed):
     assert not unknown, f"no command here prints {', '.join(sorted(unknown))}"
 
 
+@pytest.mark.slow
 def test_the_findings_in_the_readme_are_printed_somewhere(printed):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [found] = re.findall(r"^## What we found\n(.*?)^## ", text, flags=re.M | re.S)
@@ -109,6 +111,7 @@ def section(page, heading):
     return re.search(rf"^## {heading}.*?(?=^## |\Z)", text, flags=re.M | re.S)[0]
 
 
+@pytest.mark.slow
 def test_the_verdicts_are_printed_somewhere(printed):
     """The first column of verdicts; the second one is of an older format, below."""
     everything = "\n".join(printed(text) for _, text in sections())
