@@ -156,7 +156,7 @@ def left_vectors(A, k):
     return normalize(A) @ W[:, :k] / s[:k]
 
 
-def report(s, C=3):
+def describe(s, C=3):
     """What a spectrum s (V,) says.
 
     chi2     sum of s_i^2 beyond s_1: the chi-square mutual information of context and target
@@ -229,7 +229,7 @@ def compare_objectives():
           "Against ar of equal lengths:")
     print("E: every singular value smaller, A: only in aggregate (chi2, tail), "
           "X: NOT SMALLER, =: the same")
-    line("objective", *report(np.ones(4)), "against")
+    line("objective", *describe(np.ones(4)), "against")
 
     spectra = {}
     for heading, P, objectives in every_objective():
@@ -238,7 +238,7 @@ def compare_objectives():
         for name, pairs in objectives.items():
             s = singular_values(cooccurrence(P, pairs))
             mark = "" if reference is None else verdict(s, reference)
-            line(name, *report(s).values(), mark)
+            line(name, *describe(s).values(), mark)
             reference = s if reference is None else reference
             spectra[name] = s
     return spectra
@@ -261,13 +261,13 @@ def compare_mask_ratios():
     P = texts()
     curve = []
     for k in range(1, 6):
-        ar_chi2 = report(singular_values(cooccurrence(P, ar(6, [k]))))["chi2"]
+        ar_chi2 = describe(singular_values(cooccurrence(P, ar(6, [k]))))["chi2"]
         chi2 = {}
         cells = []
         for name, tgt in POSITIONS.items():
             s = singular_values(cooccurrence(P, mlm(6, k), tgt))
             reference = singular_values(cooccurrence(P, ar(6, [k]), tgt))
-            chi2[name] = report(s)["chi2"]
+            chi2[name] = describe(s)["chi2"]
             cells.append(f"{chi2[name]:.3f} {verdict(s, reference)}")
 
         ratio = 1 - k / 6
@@ -371,7 +371,7 @@ def features(contexts, A, k):
     return per_context[:, None] * contexts @ directions
 
 
-def probe(x, labels, fit=slice(None), test=slice(None)):
+def probe_error(x, labels, fit=slice(None), test=slice(None)):
     """Error on the rows `test` of a linear probe of x (M, k): least squares to P(z|c) on the rows
     `fit`, then argmax. labels (M, C): P(c, z).
     """
@@ -386,7 +386,7 @@ def probe(x, labels, fit=slice(None), test=slice(None)):
     return 1 - right / truth.sum()
 
 
-def bound(A, labels, k):
+def probe_bound(A, labels, k):
     """phi, phi/(1 - s_{k+1}^2), R_k. labels (R, C): P(c, z).
 
     phi: disagreement of label posteriors over one walk context-target-context. R_k: squared error of
@@ -417,7 +417,7 @@ def classification(joint, P, ranks=(3, 9)):
     for name, pairs in short_contexts().items():
         A = cooccurrence(P, pairs)
         prefixes = cooccurrence(P, [pair for pair in pairs if pair[0] == PREFIX])
-        errors[name] = [probe(features(prefixes, A, k), labels) for k in ranks]
+        errors[name] = [probe_error(features(prefixes, A, k), labels) for k in ranks]
     return errors
 
 
@@ -453,8 +453,8 @@ def compare_probes(rho):
         s = singular_values(A)
         mark = "" if reference is None else verdict(s, reference)
         reference = s if reference is None else reference
-        r = report(s)
-        line(name, *errors[name], r["chi2"], r["tail"], *bound(A, labels, 3), mark)
+        r = describe(s)
+        line(name, *errors[name], r["chi2"], r["tail"], *probe_bound(A, labels, 3), mark)
 
 
 def part3(args):
@@ -502,7 +502,7 @@ def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
     return np.eye(C)[topic], matrices
 
 
-def limit(t, C=4, V=60, eps=0.2):
+def limit_spectrum(t, C=4, V=60, eps=0.2):
     """The spectrum as N -> infinity with t targets per context: s^2 = 1/t + (1 - 1/t) lambda, where
     lambda are the eigenvalues of the topic model.
     """
@@ -523,14 +523,14 @@ def part4(args):
         for seed in range(args.seed, args.seed + 3):
             topic, matrices = unique_contexts(N, seed)
             for name, A in matrices.items():
-                r = report(singular_values(A), C=4)
-                errors = [probe(features(A, A, k), topic, *half) for k in (4, 60)]
+                r = describe(singular_values(A), C=4)
+                errors = [probe_error(features(A, A, k), topic, *half) for k in (4, 60)]
                 numbers = [r["parts"], r["s_2"], r["tail"], *errors]
                 rows.setdefault(name, []).append(numbers)
 
         for (name, values), t in zip(rows.items(), (1, 2, 4, 8, 8)):
             parts, s_2, tail, low, full = np.mean(values, axis=0)
-            ideal = report(limit(t), C=4)
+            ideal = describe(limit_spectrum(t), C=4)
             low = "-" if t == 1 else low                # ar: any 4 of 60 equal directions
             line(name, N, f"{parts:.1f}", s_2, ideal["s_2"], tail, ideal["tail"], low, full)
     return {}
@@ -556,7 +556,7 @@ def part5(args):
 # -----------------------------------------------------------------------------
 # The figure, and the command line
 
-def draw(axis, title, xlabel, ylabel, curves, x=None, **settings):
+def panel(axis, title, xlabel, ylabel, curves, x=None, **settings):
     """One panel. curves: {name: y}, over x or over 1, 2, ..."""
     for name, y in curves.items():
         points = range(1, len(y) + 1) if x is None else x
@@ -573,15 +573,15 @@ def figure(path, spectra, masking, errors, sizes):
     left, middle, right = fig.subplots(1, 3)
 
     short = {name: spectra[name] for name in short_contexts()}
-    draw(left, "1. Two visible tokens", "i", "singular value $s_i$", short)
+    panel(left, "1. Two visible tokens", "i", "singular value $s_i$", short)
 
     ratio, *chi2 = masking.T
     curves = dict(zip(["ar, equal length", "mlm", "mlm, position in query"], chi2))
-    draw(middle, "1. Too few masks, and the claim fails", "mask ratio", r"$\sum_{i>1} s_i^2$",
-         curves, ratio)
+    panel(middle, "1. Too few masks, and the claim fails", "mask ratio", r"$\sum_{i>1} s_i^2$",
+          curves, ratio)
 
-    draw(right, "3. Probe of three features", "training texts", "error", errors, sizes,
-         xscale="log", ylim=0)
+    panel(right, "3. Probe of three features", "training texts", "error", errors, sizes,
+          xscale="log", ylim=0)
     save_figure(fig, path)
 
 

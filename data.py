@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import STDLIB, Remote, Split, choose_split, pieces, stdlib_files, vocabulary_text
+from documents import STDLIB, Remote, SplitRule, choose_split, pieces, stdlib_files, vocabulary_text
 from common import (DataError, Parser, fetch, file_sha256, locked, one_line_errors, write_atomically,
                     write_json)
 from tokenizer import (PIECE, build_encoding, load_tokenizer, make_tokenizer, save_tokenizer,
@@ -83,7 +83,7 @@ def write_dataset(folder, sources, wanted):
     contents = [content_of(source) for source in sources]
 
     # Which documents are for validation. A stream is not read for this: it is long enough for the plain rule
-    split = Split(wanted["val_fraction"])
+    split = SplitRule(wanted["val_fraction"])
     if not any(isinstance(source, Remote) for source in sources):
         split = choose_split(sources, wanted["val_fraction"])
 

@@ -265,14 +265,14 @@ def document_is_val(text, val_fraction):
     return document_hash(text) < val_fraction * 2**64
 
 
-class Split(NamedTuple):
+class SplitRule(NamedTuple):
     """How documents are split, see `choose_split`."""
     val_fraction: float
     train_characters: int = None        # of a single document: so many are train, the rest is val
 
 
 def choose_split(sources, val_fraction):
-    """The Split in which both splits get text. It depends on the documents, not on their order.
+    """The SplitRule in which both splits get text. It depends on the documents, not on their order.
 
     Usually a document is val if its hash is below val_fraction (of the hashes there are). If all documents
     fall on one side, the fraction is moved just so far that one of them changes sides. A single document is
@@ -291,7 +291,7 @@ def choose_split(sources, val_fraction):
             if text:
                 hashes.add(document_hash(text))
                 if min(hashes) < val_fraction * 2**64 <= max(hashes):
-                    return Split(val_fraction)
+                    return SplitRule(val_fraction)
 
     if not hashes:
         raise problem or DataError("there is no text in the files")
@@ -299,12 +299,12 @@ def choose_split(sources, val_fraction):
         return cut_in_two(sources, val_fraction)
     lowest, *_, highest = sorted(hashes)
     if lowest >= val_fraction * 2**64:
-        return Split(math.nextafter(lowest / 2**64, 1))     # just above the lowest: it alone is val
-    return Split(math.nextafter(highest / 2**64, 0))        # just below the highest: it alone is train
+        return SplitRule(math.nextafter(lowest / 2**64, 1))     # just above the lowest: it alone is val
+    return SplitRule(math.nextafter(highest / 2**64, 0))        # just below the highest: it alone is train
 
 
 def cut_in_two(sources, val_fraction):
-    """The Split of a single document."""
+    """The SplitRule of a single document."""
     sizes = []
     for source in sources:
         for document in documents(source):
@@ -320,13 +320,13 @@ def cut_in_two(sources, val_fraction):
     if size < 2:
         raise DataError("the only document has one character: too short for a split into train and val")
     val_characters = min(max(1, round(size * val_fraction)), size - 1)
-    return Split(val_fraction, size - val_characters)
+    return SplitRule(val_fraction, size - val_characters)
 
 
 def pieces(sources, split, report):
     """Yield (train or val, text, whether it is the document's last piece).
 
-    split: a Split. report(DataError) is called for what cannot be used.
+    split: a SplitRule. report(DataError) is called for what cannot be used.
     """
     for source in sources:
         for document in documents(source):

@@ -42,7 +42,7 @@ from common import (Parser, add_device_flags, align, load_checkpoint, one_line_e
                     pick_dtype, read_result, result_path, write_result)
 from features import extract, tokenize
 from finetune import LEARNING_RATES, finetune_seeds
-from glue_data import GLUE, METRICS, STDLIB, bootstrap, limit, load_task, require
+from glue_data import BUILT_IN, GLUE, METRICS, bootstrap, limit, load_task, require
 from model import Transformer
 from probe import probe
 from tokenizer import load_tokenizer
@@ -66,7 +66,7 @@ def evaluate(model, encoding, task, args):
     task, cut = tokenize(task, encoding, model.config.block_size)
 
     # 2. Fit: {(pooling, directions): {"model": Fit, and a Fit for each baseline}}
-    pools = args.pool or (["mean", "max"] if task.name in STDLIB else ["mean"])
+    pools = args.pool or (["mean", "max"] if task.name in BUILT_IN else ["mean"])
     if args.finetune:
         fits = finetune_all(model, task, encoding.eot_token, pools, args)
     else:
@@ -282,7 +282,7 @@ def length_cell(parts, i):
     return f"{100 * parts[i]['value']:.1f} (up to {parts[i]['up_to']} tokens)"
 
 
-def progress(rows):
+def progress_line(rows):
     """What was found and chosen for one task, in one line."""
     found = []
     for row in rows:
@@ -324,9 +324,9 @@ def build_parser():
     p.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR",
                    help="one or several, one column each")
     p.add_argument("--tasks", nargs="+", metavar="TASK",
-                   choices=["glue", "stdlib", *GLUE, *STDLIB],
+                   choices=["glue", "stdlib", *GLUE, *BUILT_IN],
                    help="glue (all nine; if none are given), stdlib (both built-in ones), or any of "
-                        f"{', '.join([*GLUE, *STDLIB])}")
+                        f"{', '.join([*GLUE, *BUILT_IN])}")
     p.add_argument("--glue_dir", metavar="DIR",
                    help="folder with CoLA/train.tsv and so on, which is only read; without it data/glue, "
                         "and what is missing there is downloaded")
@@ -390,7 +390,7 @@ def check_model(checkpoint, config, args):
 
 def load_tasks(args):
     """The tasks that were asked for. All are loaded before any is computed."""
-    members = {"glue": GLUE, "stdlib": STDLIB}
+    members = {"glue": GLUE, "stdlib": BUILT_IN}
     names = []
     for task in args.tasks or ["glue"]:
         names += [name for name in members.get(task, [task]) if name not in names]
@@ -435,7 +435,7 @@ def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, 
                   "command": command, "results": rows, "tests": test_labels(task)}
         if writable:
             writable = write_result(path, merge(read_result(path, weights), report))
-        print(f"{checkpoint}: {task.name}: {progress(rows)} | {len(task.train.y)} training examples, "
+        print(f"{checkpoint}: {task.name}: {progress_line(rows)} | {len(task.train.y)} training examples, "
               f"{task.malformed} malformed rows skipped, {cut} texts cut to {model.config.block_size} "
               f"tokens, {seconds} s", flush=True)
     return found

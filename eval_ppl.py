@@ -673,7 +673,7 @@ def load(path, args):
     return LoadedCheckpoint(path, model, config, encoding, unigram, most_masks, ahead)
 
 
-def read_text(args, checkpoint):
+def wanted_text(args, checkpoint):
     """The text that is asked for, in the checkpoint's vocabulary. Raises ValueError or OSError, one line."""
     if args.val:
         train = checkpoint.config["train"]
@@ -771,7 +771,7 @@ def run(args, command):
     limit = METHODS[args.method].windows if args.max_windows is None else args.max_windows
     jobs = []
     for checkpoint in loaded:
-        text = read_text(args, checkpoint)
+        text = wanted_text(args, checkpoint)
         T = checkpoint.model.config.block_size
         windows = texts.cut_windows(text, T, limit, checkpoint.encoding.eot_token)
         jobs.append((checkpoint, text, windows))

@@ -42,8 +42,8 @@ class Task(NamedTuple):
 
 def load_task(name, glue_dir="data/glue", download=True):
     """The Task of that name. Raises DataError, one line."""
-    if name in STDLIB:
-        return STDLIB[name](stdlib_files())
+    if name in BUILT_IN:
+        return BUILT_IN[name](stdlib_files())
     return load_glue(name, str(glue_dir), download)
 
 
@@ -371,7 +371,7 @@ def stdlib_pair(files):
     return make_task("stdlib-pair", rows, ("other", "continues"), HALF)
 
 
-STDLIB = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
+BUILT_IN = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
 
 
 class File(NamedTuple):

@@ -331,12 +331,12 @@ def table(runs, rows=""):
             found = [run["measurements"].get(name) for run in by_seed.values()]
             values = [measured["value"] for measured in found if measured]
             digits = 3 if name.startswith(f"{SPECTRUM}s_") else 1
-            row.append(spread(values, digits) if values else "-")
+            row.append(mean_and_range(values, digits) if values else "-")
         lines.append(row)
     return markdown(lines)
 
 
-def spread(values, digits=1):
+def mean_and_range(values, digits=1):
     """Mean [least, greatest], with as many digits as make sense."""
     mean = np.mean(values)
     return with_range(mean, min(values), max(values), digits=0 if mean >= 100 else digits)

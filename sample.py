@@ -27,7 +27,7 @@ from tokenizer import load_tokenizer
 # -----------------------------------------------------------------------------
 # One draw
 
-def draw(logits, temperature=1.0, top_k=None, generator=None):
+def draw_tokens(logits, temperature=1.0, top_k=None, generator=None):
     """One token per row, drawn from softmax(logits / temperature) cut to the top_k likeliest tokens.
 
     (N, V) logits -> (N,) int64, both drawn and returned on the CPU: a seed means the same on every device.
@@ -152,10 +152,10 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, ord
              generator=None, watch=None):
     """prompt_ids, a list of at least one id (end-of-text starts a document), and max_new_tokens more ids.
 
-    model: a Transformer, causal or masked. temperature, top_k: see `draw`. order ("left", "confidence") and
-    steps (forward passes in all): masked models only, see `fill`. generator: a torch.Generator on the CPU, or
-    None for the global one. watch: called with the ids so far, after every pass. Returns a list. Raises
-    ValueError, one line, for an argument that makes no sense.
+    model: a Transformer, causal or masked. temperature, top_k: see `draw_tokens`. order ("left", "confidence")
+    and steps (forward passes in all): masked models only, see `fill`. generator: a torch.Generator on the
+    CPU, or None for the global one. watch: called with the ids so far, after every pass. Returns a list.
+    Raises ValueError, one line, for an argument that makes no sense.
     """
     check(model, temperature, top_k, order, steps)
     T = model.config.block_size
@@ -165,7 +165,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, ord
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
-    pick = partial(draw, temperature=temperature, top_k=top_k, generator=generator)
+    pick = partial(draw_tokens, temperature=temperature, top_k=top_k, generator=generator)
     if model.config.causal:
         return append(model, prompt_ids, max_new_tokens, pick, watch)
     return append_masked(model, prompt_ids, max_new_tokens, pick, order, steps, watch)
@@ -300,7 +300,7 @@ def half_masked(model, encoding, text):
 
     hidden = np.array(ids)
     hidden[masked] = model.config.mask_token
-    filled = fill(model, hidden.tolist(), partial(draw, temperature=0.0), order="confidence")
+    filled = fill(model, hidden.tolist(), partial(draw_tokens, temperature=0.0), order="confidence")
     for i in masked:
         shown = r"\S" if pieces[i].strip() else r"."                        # a masked space shows, too
         pieces[i] = re.sub(shown, "_", pieces[i])
@@ -380,7 +380,7 @@ def run(args):
         each_pass = watch if args.watch else None
         if args.infill is not None:
             ids = infill_ids(args.infill, encoding, model.config, args.gap_tokens)
-            ids = fill(model, ids, partial(draw, **how), args.order, args.steps, watch=each_pass)
+            ids = fill(model, ids, partial(draw_tokens, **how), args.order, args.steps, watch=each_pass)
         else:
             ids = generate(model, prompt or [encoding.eot_token], args.max_new_tokens, order=args.order,
                            steps=args.steps, watch=each_pass, **how)

@@ -130,7 +130,7 @@ def predict(model, inputs, position):
 
 
 @torch.no_grad()
-def pooled_features(model, text):
+def mean_features(model, text):
     """The mean of the last layer's hidden states, as probes read it: (B, T) -> (B, C) float64."""
     device = model.wte.weight.device
     hidden = model.features(torch.from_numpy(text).to(device))                      # (B, T, C)
@@ -148,12 +148,12 @@ def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
         likelihoods = np.take_along_axis(P[-1], contexts.targets, axis=1)           # (B, K)
         losses.append(-np.log(likelihoods).mean(axis=1))
         if features:
-            pooled.append(pooled_features(model, contexts.text))
+            pooled.append(mean_features(model, contexts.text))
 
     # The model's joint distribution of context and target
     P, weights, losses = np.concatenate(P), np.concatenate(weights), np.concatenate(losses)
     s = singular_values(P, weights)
-    hitting = cooccurrence.report(s)["hitting"]
+    hitting = cooccurrence.describe(s)["hitting"]
     whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
     result = {"contexts": n,
               "loss": np.average(losses, weights=weights),
@@ -221,9 +221,9 @@ def figure(path, results):
     P = cooccurrence.texts()
     theory = {name: cooccurrence.singular_values(cooccurrence.cooccurrence(P, pairs))
               for name, pairs in cooccurrence.short_contexts().items()}
-    cooccurrence.draw(left, "Toy language, exact", "i", "singular value $s_i$", theory)
+    cooccurrence.panel(left, "Toy language, exact", "i", "singular value $s_i$", theory)
     models = {name: result["singular_values"] for name, result in results.items()}
-    cooccurrence.draw(right, "Trained models", "i", "singular value $s_i$", models, xscale="log")
+    cooccurrence.panel(right, "Trained models", "i", "singular value $s_i$", models, xscale="log")
     save_figure(fig, path)
 
 
