@@ -8,10 +8,11 @@ the row and column sums. N is what pretraining factorises (part 2). Its singular
 graph that links them is connected. That bounds the error of a linear probe (part 3).
 
 From the paper: this framework, Theorem 4.2 (masked singular values are smaller, so more samples are
-connected), dar, and that a fixed mask ratio does not fit generation. Derived here, and no quotation of
-its theorem, hypotheses or constants: every verdict and number below, every proposition in the tests.
-The default language was chosen out of some twenty settings because the ordering is clean there. Where
-the claim fails is printed beside it. spectrum.py measures the same singular values in trained models.
+connected), dar, and that a fixed mask ratio does not fit generation. Derived here: every verdict and
+number below, and every proposition in the tests. They do not quote the theorem, its hypotheses or its
+constants. The default language was chosen out of some twenty settings because the ordering is clean
+there. Where the claim fails is printed beside it. spectrum.py measures the same singular values in
+trained models.
 
     python cooccurrence.py                          # five parts, no data needed, about 10 seconds
     python cooccurrence.py --part 3                 # one of them
@@ -147,6 +148,7 @@ def singular(A):
 
 
 def singular_values(A):
+    """s (V,) of N, falling."""
     return singular(A)[0]
 
 
@@ -177,8 +179,12 @@ def describe(s, C=3):
 
 
 def verdict(s, reference, C=3):
-    """E: every singular value is at most the reference's, A: only in aggregate (chi2 and tail),
-    X: not even that, =: the same. A spectrum that is shorter ends in zeros.
+    """How a spectrum s compares with a reference. The shorter one is filled up with zeros.
+
+    E  every singular value is at most the reference's
+    A  only in aggregate (chi2 and tail)
+    X  not even that
+    =  they are the same
     """
     size = max(len(s), len(reference))
     s = np.pad(s, (0, size - len(s)))
@@ -277,6 +283,7 @@ def compare_mask_ratios():
 
 
 def part1(args):
+    """The spectra of all objectives, then chi2 by mask ratio."""
     spectra = compare_objectives()
     print()
     return {"spectra": spectra, "masking": compare_mask_ratios()}
@@ -372,8 +379,9 @@ def features(contexts, A, k):
 
 
 def probe_error(x, labels, fit=slice(None), test=slice(None)):
-    """Error on the rows `test` of a linear probe of x (M, k): least squares to P(z|c) on the rows
-    `fit`, then argmax. labels (M, C): P(c, z).
+    """Error of a linear probe for the topic: least squares to P(z|c) on the rows `fit`, then argmax.
+
+    x (M, k): features. labels (M, C): P(c, z). The error is that on the rows `test`.
     """
     root = np.sqrt(labels.sum(1, keepdims=True))                                # sqrt P(c)
     posterior = labels * inverse_sqrt(root ** 2)                                # sqrt P(c) P(z|c)
@@ -387,10 +395,10 @@ def probe_error(x, labels, fit=slice(None), test=slice(None)):
 
 
 def probe_bound(A, labels, k):
-    """phi, phi/(1 - s_{k+1}^2), R_k. labels (R, C): P(c, z).
+    """phi, phi/(1 - s_{k+1}^2) and R_k, of which the second bounds the third. labels (R, C): P(c, z).
 
     phi: disagreement of label posteriors over one walk context-target-context. R_k: squared error of
-    the best probe of k features, at most the second number.
+    the best probe of k features.
     """
     Y = labels * inverse_sqrt(labels.sum(1, keepdims=True))                     # (R, C) D1^1/2 P(z|c)
     total = (Y ** 2).sum()
@@ -422,8 +430,9 @@ def classification(joint, P, ranks=(3, 9)):
 
 
 def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
-    """{objective: error at rank 3 for each size}, sizes. Features come from so many texts and are zero
-    for a prefix that does not occur.
+    """{objective: error at rank 3 for each size}, and the sizes.
+
+    A size is the number of texts that features come from. A prefix that does not occur has features 0.
     """
     joint = language()
     P = joint.sum(-1)
@@ -503,8 +512,9 @@ def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
 
 
 def limit_spectrum(t, C=4, V=60, eps=0.2):
-    """The spectrum as N -> infinity with t targets per context: s^2 = 1/t + (1 - 1/t) lambda, where
-    lambda are the eigenvalues of the topic model.
+    """The spectrum as N -> infinity with t targets per context, (V,).
+
+    s^2 = 1/t + (1 - 1/t) lambda, where lambda are the eigenvalues of the topic model.
     """
     eigenvalues = np.zeros(V)
     eigenvalues[:C] = (1 - eps) ** 2
@@ -546,6 +556,7 @@ def next_token_excess(P, m, t):
 
 
 def part5(args):
+    """What dar's predictions lose as predictions of the next token."""
     print("dar's exact distribution, used for the next token after m tokens: excess log-loss (nats)")
     line("m", *range(1, 6))
     P = texts()
