@@ -272,8 +272,8 @@ GPU_CHUNK = 2 ** 27
 class CrossEntropy(torch.autograd.Function):
     """`plain_loss` without holding all of its (N, V) logits.
 
-    At a vocabulary of 50,000 they would be by far the largest buffer of a step. But the gradient of row n with
-    respect to its logits needs nothing from outside of the row:
+    At a vocabulary of 50,000 they would be by far the largest buffer of a step. But the gradient of row n
+    with respect to its logits needs nothing from outside of the row:
 
         weights[n] * (softmax(logits[n]) - mean over k of onehot(targets[n, k]))
 

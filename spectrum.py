@@ -75,7 +75,7 @@ def chi2(P, weights, parts=1):
 def effective_rank(X):
     """exp(entropy of s_i^2 / sum of s^2) of the centred features X (n, C), in 1..C, and s (C,).
 
-    It is k for features that vary equally in k directions, and nowhere else.
+    It is k for features that vary equally in k directions and not at all in the others.
     """
     s = np.linalg.svd(X - X.mean(0), compute_uv=False) / math.sqrt(len(X))
     share = s ** 2 / (s ** 2).sum()
@@ -86,6 +86,7 @@ def effective_rank(X):
 # From a trained model to predictions
 
 class Contexts(NamedTuple):
+    """B contexts, one of each sequence, and their targets."""
     inputs: np.ndarray                  # (B, T) int64, as the objective shows them
     position: np.ndarray                # (B,) int64, the scored position
     targets: np.ndarray                 # (B, K) int64
@@ -94,10 +95,10 @@ class Contexts(NamedTuple):
 
 
 def sample_contexts(shards, options, indices, seed):
-    """One context per sequence, distributed with its weight as the objective's scored positions are.
+    """One context per sequence. With their weights they are distributed as the objective's scored positions.
 
-    One, as those of a sequence depend on each other. Within the sequence a position is drawn by its
-    weight in the loss, and the sequence counts as much as all of its scored positions: in `vlm` with
+    Only one, because those of a sequence depend on each other. Within the sequence a position is drawn by
+    its weight in the loss, and the sequence counts as much as all of its scored positions: in `vlm` with
     normalization "tokens", one with more masks counts more.
     """
     draw = Draw(seed, 0, indices)

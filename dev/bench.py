@@ -170,6 +170,7 @@ def start_plain(args, shards):
 
 
 def run_plain(device):
+    """Run the plain step and wait for it."""
     PLAIN["step"]()
     clock(device)
 
