@@ -1,6 +1,5 @@
 """
-What every script needs and no concept of the paper: files, devices, checkpoints, results. Skip it at first
-reading.
+What every script needs besides the paper: files, devices, checkpoints, results. Skip it at first reading.
 
     write_atomically("config.json", lambda file: file.write(b"{}"))
     fetch("https://example.org/a.zip", "a.zip", sha256="...")       # resumes a broken download
@@ -47,8 +46,10 @@ class DeviceError(DataError):
 
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """For the main function of a script. Errors of these kinds (default: ValueError, OSError) end the program
-    with one line on stderr and exit code 2. Any other error is a mistake of ours and keeps its traceback.
+    """For the main function of a script: a user's mistake is one line on stderr and exit code 2.
+
+    kinds: the errors that are a user's mistake, by default ValueError and OSError. Any other error is a
+    mistake of ours and keeps its traceback.
     """
     show_any_character()
     try:
@@ -72,8 +73,10 @@ def show_any_character():
 
 @contextlib.contextmanager
 def output_may_close():
-    """For a print inside of a long run: if nobody reads it any more (`| head`, a closed terminal), it is
-    dropped, and the run goes on."""
+    """For a print inside of a long run: the run goes on if nobody reads it any more.
+
+    That is so after `| head` or in a closed terminal. What is printed is then dropped.
+    """
     try:
         yield
         sys.stdout.flush()
@@ -119,7 +122,7 @@ def align(rows):
 
 
 def check_plot(path):
-    """Raises ValueError, before any work, if a figure cannot be drawn to `path`. None: no figure is wanted."""
+    """Raises ValueError, before any work, if a figure cannot be drawn to `path` (None: none is wanted)."""
     if path is None:
         return
     try:
@@ -142,6 +145,7 @@ def save_figure(figure, path):
 # Writing: a file gets its final name when it is complete and on the disk
 
 def close_on_disk(file):
+    """Close a file when all of it is on the disk."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -165,12 +169,13 @@ def write_atomically(path, write):
 
 
 def write_json(path, value):
+    """Write a value as JSON, see `write_atomically`."""
     write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 @contextlib.contextmanager
 def hold(folder):
-    """Make `folder` and let nobody else hold it meanwhile: a second process gets a DataError."""
+    """Make `folder` and hold it: a second process that wants to hold it meanwhile gets a DataError."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -229,6 +234,7 @@ def is_at(file, path):
 # Reading
 
 def file_sha256(path):
+    """sha256 of a file's contents, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
@@ -237,7 +243,7 @@ def file_sha256(path):
 
 
 def unzip(archive, members):
-    """Write members {name in the zip: path}, nothing else. Raises DataError if one cannot be read."""
+    """Unpack members, {name in the zip: path}, and nothing else. Raises DataError if one cannot be read."""
     try:
         with zipfile.ZipFile(archive) as zipped:
             for name, path in members.items():
@@ -286,8 +292,8 @@ def fetch(url, path, sha256=None, size=None):
 class Download:
     """The beginning of a file on the web, in path.part. `more` appends the next bytes to it.
 
-    path.part.json holds what the server said of the file, its ETag and size, so that a download is resumed
-    only if it still is the same file. Otherwise it starts again, or, with restart=False, raises DataError.
+    path.part.json holds what the server said of the file, its ETag and size. So a download is resumed only if
+    it is still the same file. Otherwise it starts again, or, with restart=False, raises DataError.
 
     have: bytes in path.part. size: bytes of the whole file, None while unknown.
     """
@@ -434,8 +440,9 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device):
-    """Dense bfloat16 FLOP/s by the data sheet, or None for a card that is not in PEAK_FLOPS: no utilisation
-    is better than a wrong one.
+    """Dense bfloat16 FLOP/s by the data sheet, or None for a card that is not in PEAK_FLOPS.
+
+    No utilisation is better than a wrong one.
     """
     if not device.startswith("cuda"):
         return None
@@ -477,9 +484,7 @@ def pick_device(device="auto"):
 
 
 def pick_dtype(dtype="auto", device="cpu"):
-    """The dtype of the activations: "auto" is bfloat16 where the hardware multiplies it natively, else
-    float32.
-    """
+    """The dtype of the activations. "auto" is bfloat16 where the hardware multiplies it, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     native = False

@@ -104,12 +104,14 @@ def git_state():
 # Settings and runs
 
 class Setting(NamedTuple):
+    """One column of the comparison."""
     name: str                           # as on the command line: "dar --lookahead 4"
     words: list                         # all flags of its train.py command but --seed and --out_dir
     options: dict                       # the flags in force, {name: value}; those of the preset filled in
 
 
 class Run(NamedTuple):
+    """A setting with one seed, trained and evaluated in a folder."""
     setting: Setting
     seed: int
     folder: Path
@@ -151,7 +153,7 @@ def parse(words):
 
 
 def make_runs(settings, args):
-    """Every run, seed by seed: after the first seed there is already a table's worth of each setting."""
+    """Every run, seed by seed: after the first seed each setting has a number already."""
     slugs = [re.sub(r"[^\w.]+", "-", setting.name).strip("-") for setting in settings]
     twice = [setting.name for setting, slug in zip(settings, slugs) if slugs.count(slug) > 1]
     if twice:
@@ -174,7 +176,7 @@ FREE = ["out_dir", "data_dir", "resume", "overwrite", "device", "compile", "save
 
 class Command(NamedTuple):
     words: list                         # ["eval_ppl.py", "--checkpoint", ...]
-    work: int                           # updates to train, or 1: in what its time is estimated
+    work: int                           # updates to train, or 1 for an evaluation: its time is estimated
 
 
 def evaluations(run, args):
@@ -237,13 +239,15 @@ def plan(run, args):
 
 
 def name_of(command):
+    """A Command's script, for the screen: "eval_ppl.py --suffix matched"."""
     matched = "matched" in command.words
     return command.words[0] + (" --suffix matched" if matched else "")
 
 
 def mismatch(config, run):
-    """How a trained run, with this config.json, differs from the one asked for: "with another model.py".
-    "" if it does not.
+    """How a trained run differs from the one asked for, such as "with another model.py". "" if it does not.
+
+    config: the config.json of the trained run.
     """
     # Code
     now = source_digests()
@@ -270,8 +274,10 @@ def mismatch(config, run):
 
 
 def finished(words, run, weights):
-    """The JSON result of an evaluation, None if it is not finished: a command counts as finished once it
-    ended well (`mark_finished`), for the weights and the code it measured.
+    """The JSON result of an evaluation, a command as a list of words. None if it is not finished.
+
+    A command counts as finished once it has ended well (`mark_finished`), for the weights that it measured
+    and the code that it measured them with.
     """
     command = shlex.join(["python", *words])
     if read_finished(run).get(command) != [weights, source_digests(EVALUATION_CODE)]:
@@ -292,8 +298,9 @@ def read_finished(run):
 
 
 def mark_finished(words, run):
-    """Remember that an evaluation ended well. Its result alone does not say so: eval_glue.py writes it
-    after every task.
+    """Remember that an evaluation ended well.
+
+    Its result alone does not say so: eval_glue.py writes it after every task.
     """
     state, _ = read_checkpoint(run.folder)
     entry = [weights_digest(state["model"]), source_digests(EVALUATION_CODE)]
@@ -303,7 +310,7 @@ def mark_finished(words, run):
 # -----------------------------------------------------------------------------
 # Running the commands
 
-children = set()                        # processes that run now, to be ended with this one
+children = set()                        # processes that run now. They are ended with this one
 
 
 def call(words, args):

@@ -8,10 +8,11 @@ the row and column sums. N is what pretraining factorises (part 2). Its singular
 graph that links them is connected. That bounds the error of a linear probe (part 3).
 
 From the paper: this framework, Theorem 4.2 (masked singular values are smaller, so more samples are
-connected), dar, and that a fixed mask ratio does not fit generation. Derived here, and no quotation of
-its theorem, hypotheses or constants: every verdict and number below, every proposition in the tests.
-The default language was chosen out of some twenty settings because the ordering is clean there. Where
-the claim fails is printed beside it. spectrum.py measures the same singular values in trained models.
+connected), dar, and that a fixed mask ratio does not fit generation. Derived here: every verdict and
+number below, and every proposition in the tests. They do not quote the theorem, its hypotheses or its
+constants. The default language was chosen out of some twenty settings because the ordering is clean
+there. Where the claim fails is printed beside it. spectrum.py measures the same singular values in
+trained models.
 
     python cooccurrence.py                          # five parts, no data needed, about 10 seconds
     python cooccurrence.py --part 3                 # one of them
@@ -147,6 +148,7 @@ def singular(A):
 
 
 def singular_values(A):
+    """s (V,) of N, falling."""
     return singular(A)[0]
 
 
@@ -156,7 +158,7 @@ def left_vectors(A, k):
     return normalize(A) @ W[:, :k] / s[:k]
 
 
-def report(s, C=3):
+def describe(s, C=3):
     """What a spectrum s (V,) says.
 
     chi2     sum of s_i^2 beyond s_1: the chi-square mutual information of context and target
@@ -177,8 +179,12 @@ def report(s, C=3):
 
 
 def verdict(s, reference, C=3):
-    """E: every singular value is at most the reference's, A: only in aggregate (chi2 and tail),
-    X: not even that, =: the same. A spectrum that is shorter ends in zeros.
+    """How a spectrum s compares with a reference. The shorter one is filled up with zeros.
+
+    E  every singular value is at most the reference's
+    A  only in aggregate (chi2 and tail)
+    X  not even that
+    =  they are the same
     """
     size = max(len(s), len(reference))
     s = np.pad(s, (0, size - len(s)))
@@ -229,7 +235,7 @@ def compare_objectives():
           "Against ar of equal lengths:")
     print("E: every singular value smaller, A: only in aggregate (chi2, tail), "
           "X: NOT SMALLER, =: the same")
-    line("objective", *report(np.ones(4)), "against")
+    line("objective", *describe(np.ones(4)), "against")
 
     spectra = {}
     for heading, P, objectives in every_objective():
@@ -238,7 +244,7 @@ def compare_objectives():
         for name, pairs in objectives.items():
             s = singular_values(cooccurrence(P, pairs))
             mark = "" if reference is None else verdict(s, reference)
-            line(name, *report(s).values(), mark)
+            line(name, *describe(s).values(), mark)
             reference = s if reference is None else reference
             spectra[name] = s
     return spectra
@@ -261,13 +267,13 @@ def compare_mask_ratios():
     P = texts()
     curve = []
     for k in range(1, 6):
-        ar_chi2 = report(singular_values(cooccurrence(P, ar(6, [k]))))["chi2"]
+        ar_chi2 = describe(singular_values(cooccurrence(P, ar(6, [k]))))["chi2"]
         chi2 = {}
         cells = []
         for name, tgt in POSITIONS.items():
             s = singular_values(cooccurrence(P, mlm(6, k), tgt))
             reference = singular_values(cooccurrence(P, ar(6, [k]), tgt))
-            chi2[name] = report(s)["chi2"]
+            chi2[name] = describe(s)["chi2"]
             cells.append(f"{chi2[name]:.3f} {verdict(s, reference)}")
 
         ratio = 1 - k / 6
@@ -277,6 +283,7 @@ def compare_mask_ratios():
 
 
 def part1(args):
+    """The spectra of all objectives, then chi2 by mask ratio."""
     spectra = compare_objectives()
     print()
     return {"spectra": spectra, "masking": compare_mask_ratios()}
@@ -371,9 +378,10 @@ def features(contexts, A, k):
     return per_context[:, None] * contexts @ directions
 
 
-def probe(x, labels, fit=slice(None), test=slice(None)):
-    """Error on the rows `test` of a linear probe of x (M, k): least squares to P(z|c) on the rows
-    `fit`, then argmax. labels (M, C): P(c, z).
+def probe_error(x, labels, fit=slice(None), test=slice(None)):
+    """Error of a linear probe for the topic: least squares to P(z|c) on the rows `fit`, then argmax.
+
+    x (M, k): features. labels (M, C): P(c, z). The error is that on the rows `test`.
     """
     root = np.sqrt(labels.sum(1, keepdims=True))                                # sqrt P(c)
     posterior = labels * inverse_sqrt(root ** 2)                                # sqrt P(c) P(z|c)
@@ -386,11 +394,11 @@ def probe(x, labels, fit=slice(None), test=slice(None)):
     return 1 - right / truth.sum()
 
 
-def bound(A, labels, k):
-    """phi, phi/(1 - s_{k+1}^2), R_k. labels (R, C): P(c, z).
+def probe_bound(A, labels, k):
+    """phi, phi/(1 - s_{k+1}^2) and R_k, of which the second bounds the third. labels (R, C): P(c, z).
 
     phi: disagreement of label posteriors over one walk context-target-context. R_k: squared error of
-    the best probe of k features, at most the second number.
+    the best probe of k features.
     """
     Y = labels * inverse_sqrt(labels.sum(1, keepdims=True))                     # (R, C) D1^1/2 P(z|c)
     total = (Y ** 2).sum()
@@ -417,13 +425,14 @@ def classification(joint, P, ranks=(3, 9)):
     for name, pairs in short_contexts().items():
         A = cooccurrence(P, pairs)
         prefixes = cooccurrence(P, [pair for pair in pairs if pair[0] == PREFIX])
-        errors[name] = [probe(features(prefixes, A, k), labels) for k in ranks]
+        errors[name] = [probe_error(features(prefixes, A, k), labels) for k in ranks]
     return errors
 
 
 def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
-    """{objective: error at rank 3 for each size}, sizes. Features come from so many texts and are zero
-    for a prefix that does not occur.
+    """{objective: error at rank 3 for each size}, and the sizes.
+
+    A size is the number of texts that features come from. A prefix that does not occur has features 0.
     """
     joint = language()
     P = joint.sum(-1)
@@ -453,8 +462,8 @@ def compare_probes(rho):
         s = singular_values(A)
         mark = "" if reference is None else verdict(s, reference)
         reference = s if reference is None else reference
-        r = report(s)
-        line(name, *errors[name], r["chi2"], r["tail"], *bound(A, labels, 3), mark)
+        r = describe(s)
+        line(name, *errors[name], r["chi2"], r["tail"], *probe_bound(A, labels, 3), mark)
 
 
 def part3(args):
@@ -502,9 +511,10 @@ def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
     return np.eye(C)[topic], matrices
 
 
-def limit(t, C=4, V=60, eps=0.2):
-    """The spectrum as N -> infinity with t targets per context: s^2 = 1/t + (1 - 1/t) lambda, where
-    lambda are the eigenvalues of the topic model.
+def limit_spectrum(t, C=4, V=60, eps=0.2):
+    """The spectrum as N -> infinity with t targets per context, (V,).
+
+    s^2 = 1/t + (1 - 1/t) lambda, where lambda are the eigenvalues of the topic model.
     """
     eigenvalues = np.zeros(V)
     eigenvalues[:C] = (1 - eps) ** 2
@@ -523,14 +533,14 @@ def part4(args):
         for seed in range(args.seed, args.seed + 3):
             topic, matrices = unique_contexts(N, seed)
             for name, A in matrices.items():
-                r = report(singular_values(A), C=4)
-                errors = [probe(features(A, A, k), topic, *half) for k in (4, 60)]
+                r = describe(singular_values(A), C=4)
+                errors = [probe_error(features(A, A, k), topic, *half) for k in (4, 60)]
                 numbers = [r["parts"], r["s_2"], r["tail"], *errors]
                 rows.setdefault(name, []).append(numbers)
 
         for (name, values), t in zip(rows.items(), (1, 2, 4, 8, 8)):
             parts, s_2, tail, low, full = np.mean(values, axis=0)
-            ideal = report(limit(t), C=4)
+            ideal = describe(limit_spectrum(t), C=4)
             low = "-" if t == 1 else low                # ar: any 4 of 60 equal directions
             line(name, N, f"{parts:.1f}", s_2, ideal["s_2"], tail, ideal["tail"], low, full)
     return {}
@@ -546,6 +556,7 @@ def next_token_excess(P, m, t):
 
 
 def part5(args):
+    """What dar's predictions lose as predictions of the next token."""
     print("dar's exact distribution, used for the next token after m tokens: excess log-loss (nats)")
     line("m", *range(1, 6))
     P = texts()
@@ -556,7 +567,7 @@ def part5(args):
 # -----------------------------------------------------------------------------
 # The figure, and the command line
 
-def draw(axis, title, xlabel, ylabel, curves, x=None, **settings):
+def panel(axis, title, xlabel, ylabel, curves, x=None, **settings):
     """One panel. curves: {name: y}, over x or over 1, 2, ..."""
     for name, y in curves.items():
         points = range(1, len(y) + 1) if x is None else x
@@ -573,15 +584,15 @@ def figure(path, spectra, masking, errors, sizes):
     left, middle, right = fig.subplots(1, 3)
 
     short = {name: spectra[name] for name in short_contexts()}
-    draw(left, "1. Two visible tokens", "i", "singular value $s_i$", short)
+    panel(left, "1. Two visible tokens", "i", "singular value $s_i$", short)
 
     ratio, *chi2 = masking.T
     curves = dict(zip(["ar, equal length", "mlm", "mlm, position in query"], chi2))
-    draw(middle, "1. Too few masks, and the claim fails", "mask ratio", r"$\sum_{i>1} s_i^2$",
-         curves, ratio)
+    panel(middle, "1. Too few masks, and the claim fails", "mask ratio", r"$\sum_{i>1} s_i^2$",
+          curves, ratio)
 
-    draw(right, "3. Probe of three features", "training texts", "error", errors, sizes,
-         xscale="log", ylim=0)
+    panel(right, "3. Probe of three features", "training texts", "error", errors, sizes,
+          xscale="log", ylim=0)
     save_figure(fig, path)
 
 

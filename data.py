@@ -5,14 +5,14 @@ Documents -> tokens -> memory-mapped shards -> windows.
     python data.py --dataset mine --files book.txt          # your own text
     python data.py --dataset mine --files a.jsonl b.jsonl.gz c.jsonl.zst d.txt --tokenizer bpe:4096
     python data.py --dataset pile --shards 0 --max_tokens 100000000     # downloads 110 MB of the Pile
-    python data.py --dataset pile --shards 0 1           # two of its 30 shards of 11.1 GB, 9.8e9 tokens each
-    python data.py --dataset mine --check                   # is every byte of it as it was made?
+    python data.py --dataset pile --shards 0 1              # two of its 30 shards, each 11.1 GB, 9.8e9 tokens
+    python data.py --dataset mine --check                   # verify every byte of it
 
 A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after each
 document), tokenizer.json, unigram.npy (how often each id occurs in train) and meta.json (sources, counts,
-sha256). It is made in data/NAME/new and moved into place when complete, so that an old dataset is there
-until the new one works. After a crash, run the same command again: it produces the same bytes, on any
-number of cores, and downloads resume.
+sha256). It is made in data/NAME/new and moved into place when complete, so that an old dataset stays until
+the new one works. After a crash, run the same command again: it produces the same bytes, on any number of
+cores, and downloads resume.
 """
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from documents import STDLIB, Remote, Split, choose_split, pieces, stdlib_files, vocabulary_text
+from documents import STDLIB, Remote, SplitRule, choose_split, pieces, stdlib_files, vocabulary_text
 from common import (DataError, Parser, fetch, file_sha256, locked, one_line_errors, write_atomically,
                     write_json)
 from tokenizer import (PIECE, build_encoding, load_tokenizer, make_tokenizer, save_tokenizer,
@@ -79,11 +79,11 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
 
 
 def write_dataset(folder, sources, wanted):
-    """Tokenize the sources. Returns meta.json, which is `wanted` and what is known at the end."""
+    """Tokenize the sources into `folder`. Returns meta.json: `wanted` and what is known at the end."""
     contents = [content_of(source) for source in sources]
 
     # Which documents are for validation. A stream is not read for this: it is long enough for the plain rule
-    split = Split(wanted["val_fraction"])
+    split = SplitRule(wanted["val_fraction"])
     if not any(isinstance(source, Remote) for source in sources):
         split = choose_split(sources, wanted["val_fraction"])
 
@@ -216,7 +216,7 @@ def count_ids(ids, n_vocab):
 
 
 def save_array(path, array):
-    """np.save in one step: `path` exists when it is complete. (np.save itself does not say why it failed.)"""
+    """np.save, atomic, and with an error that says why it failed (np.save's own does not)."""
     def write(file):
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
@@ -230,8 +230,8 @@ def load(name, data_dir=DATA_DIR, full=False):
     """A dataset as (meta.json, {"train": [ids of each shard, memory-mapped], "val": [...]}).
 
     Raises DataError for a dataset or shard that is missing, cut short or not the one in meta.json, and for an
-    id beyond the vocabulary at the start of a shard. full: anywhere in it, for a wrong sha256, and for a
-    tokenizer or counts that do not belong to the shards.
+    id beyond the vocabulary at the start of a shard. full: also for such an id anywhere in a shard, for a
+    wrong sha256, and for a tokenizer or counts that do not belong to the shards.
     """
     check_name(name)
     folder = os.path.join(data_dir, name)
@@ -282,14 +282,16 @@ SCAN = 2**16            # tokens at the start of each shard whose ids are checke
 CHUNK = 2**24           # tokens at a time when all are checked
 
 def largest_id(ids, full):
+    """The largest id of a shard, (n,), or (not full) of its beginning."""
     if not full:
         return ids[:SCAN].max()
     return max(ids[start:start + CHUNK].max() for start in range(0, len(ids), CHUNK))
 
 
 def load_unigram(folder):
-    """(V,) float64, log-probabilities in nats of each text id by how often it occurs in train, with add-one
-    smoothing: what one can say of a token without any context.
+    """(V,) float64: log P of each text id, in nats, by how often it occurs in train (add-one smoothing).
+
+    What one can say of a token without any context.
 
     folder: of a dataset or a checkpoint. Raises DataError if unigram.npy is missing or damaged.
     """
@@ -312,7 +314,7 @@ def load_counts(folder):
 
 
 def check_window(shards, span, split="text"):
-    """(shards,) how many windows of `span` tokens begin in each shard. Raises DataError if there are none.
+    """(shards,) int: how many windows of `span` tokens begin in each shard. Raises DataError if none does.
 
     split: the name of these shards, for the message.
     """
@@ -345,10 +347,9 @@ def windows(shards, span, u):
 STRETCH = 2048          # tokens
 
 def few(shards, tokens):
-    """At most `tokens` tokens of a split, a list of (n,) ids: stretches of 2048 tokens, evenly spread.
+    """At most `tokens` tokens of a split, as a list of (STRETCH,) ids, evenly spread over the text.
 
-    Fewer tokens are not always a part of more, but always from everywhere in the text. Raises DataError if
-    there are not as many.
+    The stretches for few tokens need not be among those for more. Raises DataError if the split has too few.
     """
     stretches = []
     for ids in shards:
@@ -401,14 +402,14 @@ def finish_replacing(folder):
         meta = json.load(file)
     shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
 
-    # Away with the old one, with meta.json first
+    # Remove the old one, meta.json first
     Path(folder, "meta.json").unlink(missing_ok=True)
     for pattern in ("train_*.npy", "val_*.npy", "*.tmp"):
         for path in Path(folder).glob(pattern):
             if path.name not in shards:
                 path.unlink()
 
-    # The new one takes its place, with meta.json last
+    # Put the new one in its place, meta.json last
     names = sorted(path.name for path in new.iterdir() if path.name != "meta.json")
     for name in [*names, "meta.json"]:
         os.replace(new / name, Path(folder, name))
@@ -417,7 +418,7 @@ def finish_replacing(folder):
 
 @contextlib.contextmanager
 def one_reason(folder):
-    """A full disk and the like as a DataError that names the file or the folder."""
+    """Turns an OSError, such as a full disk, into a DataError that names the file or the folder."""
     try:
         yield
     except OSError as error:

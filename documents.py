@@ -1,8 +1,7 @@
 """
-Where text comes from: files of documents, each an iterable of strings;
-the split into training and validation.
+Where text comes from: documents, each an iterable of strings, and their split into train and val.
 
-    list(documents("a.jsonl.zst"))      # one document per line; also .jsonl, .jsonl.gz, .txt, .txt.gz, .txt.zst
+    list(documents("a.jsonl.zst"))      # one document per line. Also .jsonl, .txt, each also with .gz or .zst
     stdlib_files()                      # the running Python's own library: [(path, text), ...]
     read_text("a.txt")                  # a whole file as one string
 
@@ -99,7 +98,7 @@ def open_binary(source):
 
 @contextlib.contextmanager
 def archive_errors(source):
-    """What gzip and zstd raise, as a DataError."""
+    """Turns what gzip and zstd raise into a DataError."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
@@ -166,8 +165,10 @@ def text_document(source):
 # Bytes -> text
 
 def read_text(path):
-    """The text of a file (also .gz, .zst) as one string. Raises DataError, one line, if it is not UTF-8 nor
-    has the byte order mark of another Unicode encoding. Line ends stay as they are."""
+    """The text of a file (also .gz, .zst) as one string. Line ends stay as they are.
+
+    Raises DataError, one line, for text that is not UTF-8 and has no byte order mark of another encoding.
+    """
     with archive_errors(path):
         return "".join(decoded(path))
 
@@ -204,8 +205,11 @@ def decoded(source):
 
 
 def text_encoding(beginning):
-    """The encoding of a text by its first bytes: by its byte order mark, else by its zero bytes
-    (every other byte of UTF-16 where it is English), else UTF-8."""
+    """The encoding of a text, judged by its first bytes.
+
+    By its byte order mark. Without one by its zero bytes: in UTF-16 every other byte of English text is zero.
+    Else it is UTF-8.
+    """
     marks = [(codecs.BOM_UTF8, "utf-8-sig"),
              (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),      # before those of UTF-16
              (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
@@ -238,8 +242,10 @@ def wrong_byte(error, ascii_before):
 
 
 def looks_like_latin1(error, ascii_before):
-    """Whether the text is probably no damaged UTF-8 but Latin-1, or its superset Windows-1252: the first
-    character beyond ASCII is invalid already."""
+    """Whether the text is probably Latin-1 (or its superset Windows-1252), not damaged UTF-8.
+
+    In Latin-1 the first character beyond ASCII is already invalid as UTF-8.
+    """
     is_first = ascii_before and error.object[:error.start].isascii()
     is_text = error.encoding == "utf-8" and b"\0" not in error.object
     return is_first and is_text and error.reason != "unexpected end of data"
@@ -265,14 +271,14 @@ def document_is_val(text, val_fraction):
     return document_hash(text) < val_fraction * 2**64
 
 
-class Split(NamedTuple):
+class SplitRule(NamedTuple):
     """How documents are split, see `choose_split`."""
     val_fraction: float
     train_characters: int = None        # of a single document: so many are train, the rest is val
 
 
 def choose_split(sources, val_fraction):
-    """The Split in which both splits get text. It depends on the documents, not on their order.
+    """The SplitRule by which both splits get text. It depends on the documents, not on their order.
 
     Usually a document is val if its hash is below val_fraction (of the hashes there are). If all documents
     fall on one side, the fraction is moved just so far that one of them changes sides. A single document is
@@ -291,7 +297,7 @@ def choose_split(sources, val_fraction):
             if text:
                 hashes.add(document_hash(text))
                 if min(hashes) < val_fraction * 2**64 <= max(hashes):
-                    return Split(val_fraction)
+                    return SplitRule(val_fraction)
 
     if not hashes:
         raise problem or DataError("there is no text in the files")
@@ -299,12 +305,12 @@ def choose_split(sources, val_fraction):
         return cut_in_two(sources, val_fraction)
     lowest, *_, highest = sorted(hashes)
     if lowest >= val_fraction * 2**64:
-        return Split(math.nextafter(lowest / 2**64, 1))     # just above the lowest: it alone is val
-    return Split(math.nextafter(highest / 2**64, 0))        # just below the highest: it alone is train
+        return SplitRule(math.nextafter(lowest / 2**64, 1))     # just above the lowest: it alone is val
+    return SplitRule(math.nextafter(highest / 2**64, 0))        # just below the highest: it alone is train
 
 
 def cut_in_two(sources, val_fraction):
-    """The Split of a single document."""
+    """The SplitRule of a single document."""
     sizes = []
     for source in sources:
         for document in documents(source):
@@ -320,13 +326,13 @@ def cut_in_two(sources, val_fraction):
     if size < 2:
         raise DataError("the only document has one character: too short for a split into train and val")
     val_characters = min(max(1, round(size * val_fraction)), size - 1)
-    return Split(val_fraction, size - val_characters)
+    return SplitRule(val_fraction, size - val_characters)
 
 
 def pieces(sources, split, report):
     """Yield (train or val, text, whether it is the document's last piece).
 
-    split: a Split. report(DataError) is called for what cannot be used.
+    split: a SplitRule. report(DataError) is called for what cannot be used.
     """
     for source in sources:
         for document in documents(source):
@@ -363,8 +369,10 @@ def two_parts(document, train_characters):
 
 
 def vocabulary_text(sources, split):
-    """Yield text of the training split to train a tokenizer on: BPE_SAMPLE characters, equal shares from the
-    start of each source."""
+    """Yield text of the training split to train a tokenizer on.
+
+    BPE_SAMPLE characters, in equal shares from the start of each source.
+    """
     for source in sources:
         left = max(1, BPE_SAMPLE // len(sources))
         for side, text, _ in pieces([source], split, report=lambda error: None):

@@ -1,6 +1,5 @@
 """
-What a checkpoint's features know about text: linear probes on GLUE (the paper's protocol), or
-fine-tuning.
+What a checkpoint's features know: linear probes on GLUE (the paper's protocol), or fine-tuning.
 
     python eval_glue.py --checkpoint out/vlm --tasks stdlib             # two built-in tasks, no download
     python eval_glue.py --checkpoint out/ar out/dar out/mlm out/vlm     # GLUE, one column per checkpoint
@@ -17,16 +16,16 @@ probe on the model before training, and the same probe on its trained token embe
 any context. Only what is above all three was learned from context. The baseline of fine-tuning is
 the same fine-tuning, with its own choice of the learning rate, from initial weights.
 
-With `--directions k` a probe sees only the k leading principal directions of the features. The
-theory's bounds are about these: an encoder of rank k keeps the k leading singular directions.
+With `--directions K` a probe sees only the K leading principal directions of the features. The
+theory's bounds are about these: an encoder of rank K keeps the K leading singular directions.
 
 All numbers go to CHECKPOINT/eval_glue.json, with the predictions behind them. The file is written
 after every task and keeps what other commands measured on the same weights.
 
-`--tasks stdlib` are stand-ins for a first run and not GLUE. They are split as the dataset stdlib is,
-so a model that was trained on this Python's library has not seen their test files. Standard errors
-are over test examples (there: files), by bootstrap. Models that differ only in their seed differ by
-more.
+`--tasks stdlib` takes two stand-ins for a first run, which are not GLUE. They are split as the
+dataset stdlib is, so a model that was trained on this Python's library has not seen their test
+files. Standard errors are over test examples (in the stand-ins: over files), by bootstrap. Models
+that differ only in their seed differ by more.
 """
 import json
 import math
@@ -42,7 +41,7 @@ from common import (Parser, add_device_flags, align, load_checkpoint, one_line_e
                     pick_dtype, read_result, result_path, write_result)
 from features import extract, tokenize
 from finetune import LEARNING_RATES, finetune_seeds
-from glue_data import GLUE, METRICS, STDLIB, bootstrap, limit, load_task, require
+from glue_data import BUILT_IN, GLUE, METRICS, bootstrap, limit, load_task, require
 from model import Transformer
 from probe import probe
 from tokenizer import load_tokenizer
@@ -58,7 +57,7 @@ class Fit(NamedTuple):
 
 
 def evaluate(model, encoding, task, args):
-    """Returns (rows of the JSON's "results", number of texts that were cut to fit).
+    """One checkpoint on one task: (rows of the JSON's "results", number of examples that were cut to fit).
 
     One row for each pooling, number of directions, metric and dev set.
     """
@@ -66,7 +65,7 @@ def evaluate(model, encoding, task, args):
     task, cut = tokenize(task, encoding, model.config.block_size)
 
     # 2. Fit: {(pooling, directions): {"model": Fit, and a Fit for each baseline}}
-    pools = args.pool or (["mean", "max"] if task.name in STDLIB else ["mean"])
+    pools = args.pool or (["mean", "max"] if task.name in BUILT_IN else ["mean"])
     if args.finetune:
         fits = finetune_all(model, task, encoding.eot_token, pools, args)
     else:
@@ -133,8 +132,10 @@ def finetune_all(model, task, eot, pools, args):
 
 
 def untrained(model):
-    """A model of the same shape and device as at the start of training, from a fixed seed. As its
-    blocks start as the identity (see init_weights), its features are its random embeddings."""
+    """A model of the same sizes as it is before training, on the same device, from a fixed seed.
+
+    As its blocks start as the identity (see init_weights), its features are its random embeddings.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = Transformer(model.config)
@@ -151,7 +152,9 @@ def guess(task):
 
 def score(fit, number, split, metric, classes):
     """{"value", "se", "predictions", how it was fitted} of a Fit on the dev set of that number.
-    Fine-tuning: the value is the median of the seeds, the error that of the median seed."""
+
+    Fine-tuning: the value is the median of the seeds, the error that of the median seed.
+    """
     predicted = fit.predictions[number]
     result = {"value": metric(predicted, split.y),
               "se": bootstrap(metric, predicted, split.y, split.groups),
@@ -170,9 +173,11 @@ def compact(values, classes):
 
 
 def by_length(by_source, number, split, metric):
-    """The metric on texts of similar length: short, middle and long ones, about a third of the
-    examples each. A list of {"up_to": tokens, "n": examples, "value": of the model, and of its
-    "embeddings" if they were probed}. Texts of equal length stay together, so there may be fewer."""
+    """The metric on short, middle and long texts, each about a third of the examples.
+
+    A list of {"up_to": tokens, "n": examples, "value": of the model, and "embeddings": of its embeddings
+    if they were probed}. Texts of equal length stay together, so there may be fewer than three.
+    """
     lengths = np.array([len(row) for row in split.examples])
     limits = np.quantile(lengths, [1 / 3, 2 / 3, 1], method="inverted_cdf")
     third = np.searchsorted(limits, lengths)                                # 0, 1 or 2
@@ -204,8 +209,10 @@ def test_name(task, split):
 
 
 def test_labels(task):
-    """{"TASK" or "TASK SPLIT": {"labels", "groups"}} of the dev sets, what a row's predictions are
-    compared with. groups is None where each example is its own."""
+    """{"TASK" or "TASK SPLIT": {"labels", "groups"}} of the dev sets.
+
+    A row's predictions are compared with them. groups is None where each example is a group of its own.
+    """
     tests = {}
     for name, split in task.dev.items():
         alone = len(np.unique(split.groups)) == len(split.groups)
@@ -222,9 +229,11 @@ def key(row):
 
 
 def merge(old, report):
-    """The report with those results of an older one (or None) added that were not measured again.
-    What was measured on other dev examples of the same name, as another Python's library has them,
-    is dropped."""
+    """The report, and those results of an older one (or None) that were not measured again.
+
+    What was measured on other dev examples of the same name is dropped: another Python's library has
+    others.
+    """
     if old is None:
         return report
     tests = {**old["tests"], **report["tests"]}
@@ -244,8 +253,10 @@ LABELS = {"probe": {"embeddings": "its input embeddings", "untrained": "before t
 
 
 def table(columns, show_lengths=False):
-    """{checkpoint: rows of its results} as text: one column per checkpoint. For each task, metric and
-    pooling one line for the model and one for each baseline."""
+    """{checkpoint: rows of its results} as text, one column per checkpoint.
+
+    For each task, metric and pooling one line for the model and one for each baseline.
+    """
     lines = [["", *columns]]
     for same in zip(*columns.values()):             # one row of each checkpoint
         lines.append([title(same[0]), *[cell(row["model"]) for row in same]])
@@ -259,6 +270,7 @@ def table(columns, show_lengths=False):
 
 
 def title(row):
+    """What a row of the results measures: "RTE, accuracy, mean, layer 2"."""
     parts = [row["task"], row["metric"], row["pool"]]
     if row["layer"] is not None:
         parts.append(f"layer {row['layer']}")
@@ -277,12 +289,13 @@ def cell(score):
 
 
 def length_cell(parts, i):
+    """Part number i of `by_length`, in percent."""
     if i >= len(parts):
         return "-"
     return f"{100 * parts[i]['value']:.1f} (up to {parts[i]['up_to']} tokens)"
 
 
-def progress(rows):
+def progress_line(rows):
     """What was found and chosen for one task, in one line."""
     found = []
     for row in rows:
@@ -299,7 +312,7 @@ def progress(rows):
 
 
 def edge_note(result):
-    """A word when the chosen learning rate is the grid's least or greatest."""
+    """What to try when the chosen learning rate is the grid's least or greatest."""
     if not result["at_edge"]:
         return ""
     lr = result["lr"]
@@ -312,21 +325,23 @@ def edge_note(result):
 # Command line
 
 def layer_number(text):
+    """The value of --layer: an int or "best"."""
     return text if text == "best" else int(text)
 
 
 def direction_number(text):
+    """A value of --directions: an int, or None for "all"."""
     return None if text == "all" else int(text)
 
 
 def build_parser():
     p = Parser(__doc__.split("\n\n")[0])
     p.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR",
-                   help="one or several, one column each")
+                   help="one or several folders written by train.py, one column each")
     p.add_argument("--tasks", nargs="+", metavar="TASK",
-                   choices=["glue", "stdlib", *GLUE, *STDLIB],
-                   help="glue (all nine; if none are given), stdlib (both built-in ones), or any of "
-                        f"{', '.join([*GLUE, *STDLIB])}")
+                   choices=["glue", "stdlib", *GLUE, *BUILT_IN],
+                   help="glue (all nine, the default), stdlib (both built-in ones), or any of "
+                        f"{', '.join([*GLUE, *BUILT_IN])}")
     p.add_argument("--glue_dir", metavar="DIR",
                    help="folder with CoLA/train.tsv and so on, which is only read; without it data/glue, "
                         "and what is missing there is downloaded")
@@ -337,14 +352,14 @@ def build_parser():
 
     features = p.add_argument_group("features")
     features.add_argument("--pool", nargs="+", choices=["mean", "last", "max"],
-                          help="from token vectors to one vector; mean unless given, and mean max for "
-                               "the built-in tasks")
+                          help="from token vectors to one vector; unless given mean, for the built-in "
+                               "tasks mean and max")
     features.add_argument("--layer", type=layer_number, metavar="N",
-                          help="features after N blocks (0: embeddings), or best: chosen on held-out "
-                               "training examples; after all blocks unless given")
+                          help="features after N blocks (0: embeddings), or best: the layer is chosen on "
+                               "held-out training examples; unless given, after all blocks")
     features.add_argument("--directions", nargs="+", type=direction_number, metavar="K",
-                          help="probe only the K leading principal directions; all unless given, or "
-                               "among others: 8 16 all")
+                          help="probe only the K leading principal directions, e.g. 8 16 all; unless "
+                               "given, all")
     features.add_argument("--by_length", action="store_true",
                           help="show the result on short, middle and long texts too")
 
@@ -389,8 +404,8 @@ def check_model(checkpoint, config, args):
 
 
 def load_tasks(args):
-    """The tasks that were asked for. All are loaded before any is computed."""
-    members = {"glue": GLUE, "stdlib": STDLIB}
+    """The tasks that are asked for. All are loaded before any is computed."""
+    members = {"glue": GLUE, "stdlib": BUILT_IN}
     names = []
     for task in args.tasks or ["glue"]:
         names += [name for name in members.get(task, [task]) if name not in names]
@@ -435,7 +450,7 @@ def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, 
                   "command": command, "results": rows, "tests": test_labels(task)}
         if writable:
             writable = write_result(path, merge(read_result(path, weights), report))
-        print(f"{checkpoint}: {task.name}: {progress(rows)} | {len(task.train.y)} training examples, "
+        print(f"{checkpoint}: {task.name}: {progress_line(rows)} | {len(task.train.y)} training examples, "
               f"{task.malformed} malformed rows skipped, {cut} texts cut to {model.config.block_size} "
               f"tokens, {seconds} s", flush=True)
     return found

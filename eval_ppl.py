@@ -1,6 +1,6 @@
 """
-Perplexity of causal and masked models on the same text. A masked model has one in several senses: here are
-four definitions, each with a name, and none mixed with another.
+Perplexity of causal and masked models on the same text. For a masked model the word has several meanings:
+here are four definitions, each with its own name.
 
     python eval_ppl.py --checkpoint out/vlm --val                   # its validation split, no download
     python eval_ppl.py --checkpoint out/ar out/dar out/mlm out/vlm  # WikiText-2 raw test, one column each
@@ -8,11 +8,11 @@ four definitions, each with a name, and none mixed with another.
     python eval_ppl.py --checkpoint out/mlm out/vlm --method bound  # also: pseudo, confidence (masked models)
     python eval_ppl.py --checkpoint out/ar out/vlm --val --context 4 8 16 32    # what context is worth
 
-    method         averaged over the text, nats per token             a likelihood?   forward passes per window
-    left-to-right  -log P(x[k+1] | x[1..k])                           yes             causal 1, masked 1 per k
-    bound          E_n E_|M|=n mean_{j in M} -log P(x[j] | x[not M])  upper bound     --samples
-    pseudo         -log P(x[j] | x[not j])                            no              T
-    confidence     -log P(x) / T, in the model's order of positions   yes             T
+    method         averaged over the text, nats per token             a likelihood?  forward passes per window
+    left-to-right  -log P(x[k+1] | x[1..k])                           yes            causal 1, masked 1 per k
+    bound          E_n E_|M|=n mean_{j in M} -log P(x[j] | x[not M])  upper bound    --samples
+    pseudo         -log P(x[j] | x[not j])                            no             T
+    confidence     -log P(x) / T, in the model's order of positions   yes            T
 
 Only left-to-right compares all four objectives (the paper's measurement: perplexity against prompt length).
 The other three do not apply to causal models. The text is cut into windows of T = block_size tokens that do
@@ -22,11 +22,11 @@ Standard errors are clustered by document (a file of the validation split, an ar
 one document are not independent. If the text is one document, windows are treated as independent.
 
 Models with different vocabularies are compared by bits per byte or word perplexity, which are printed where
-the numbers are lengths of a code. Both follow their definition on the text as it is. Published numbers differ:
-lm-eval, for one, detokenises WikiText first (3.27 bits per byte where ours are 3.69, for the same model).
+the numbers are lengths of a code. Both follow their definition on the text as it is. Published numbers
+differ: lm-eval, for one, detokenises WikiText first (3.27 bits per byte, and 3.69 here, for the same model).
 
-All numbers, with sums per document, go to CHECKPOINT/eval_ppl_TEXT_METHOD.json, or below --results DIR. TEXT is
-wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may end in -one or -matched.
+All numbers, with sums per document, go to CHECKPOINT/eval_ppl_TEXT_METHOD.json, or below --results DIR. TEXT
+is wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may end in -one or -matched.
 """
 import math
 import shlex
@@ -58,7 +58,7 @@ progress = partial(tqdm, unit="batch", dynamic_ncols=True, leave=False, disable=
 # What is measured at a token
 
 class Scores(NamedTuple):
-    """Arrays of one shape with a number per token. Another number is one field here and one in `score`."""
+    """Arrays of one shape with one number per token. A fourth number is one field here and one in `score`."""
     nats: np.ndarray            # -log P(the text's token)
     surest: np.ndarray          # -log P(the likeliest token)
     right: np.ndarray           # 1 where the text's token is the likeliest, else 0
@@ -96,6 +96,7 @@ def batches(n, batch_size):
 # token was not scored, and weights (n, T): how many tokens each score stands for in the mean over all.
 
 class Settings(NamedTuple):
+    """How a method is run."""
     batch_size: int = 64                # sequences per forward pass
     samples: int = 8                    # per window: mask counts (bound), prompt lengths (left-to-right)
     prompt_lengths: tuple = ()          # left-to-right: lengths at which every window is scored
@@ -272,9 +273,10 @@ def grid(n, samples, levels):
 # The table of definitions. A fifth one goes here.
 
 class Method(NamedTuple):
+    """A definition of perplexity, and what the program must know about it."""
     function: Callable                  # (model, x, settings) -> (Scores, weights)
     windows: int                        # how many are taken by default
-    note: str                           # what one has to know to read the numbers
+    note: str                           # what a reader of the numbers has to know
     needs_masks: bool = True            # does not apply to causal models
     code_length: bool = True            # the sum is the length of a code or bounds it: bits per byte exist
     by_prompt: bool = False             # the first token of a window is only read, and prompt lengths apply
@@ -351,10 +353,11 @@ def last_tokens_only(model, x, wanted, m, settings):
 
 
 def by_context(model, x, contexts, settings):
-    """What context is worth at which distance: {m: (Scores, weights)} of the same tokens with only the last m
-    tokens visible, for each m of contexts, and {"all": ...} with everything before them in the window.
+    """What context is worth at which distance: the same tokens, scored with more and more of it visible.
 
-    The tokens, `samples` per window, evenly spread, have at least max(contexts) tokens before them.
+    {m: (Scores, weights)} with only the last m tokens visible, for each m of contexts, and {"all": ...} with
+    everything before them in the window. `samples` tokens per window are scored, evenly spread, all with at
+    least max(contexts) tokens before them.
     """
     n, T = x.shape
     far = max(contexts)
@@ -388,7 +391,7 @@ def evaluate(model, x, method, settings, contexts=()):
 
 
 class Sums(NamedTuple):
-    """Over the scored tokens of each document, (documents,)."""
+    """Sums over the scored tokens of each document, (documents,)."""
     nats: np.ndarray
     right: np.ndarray
     tokens: np.ndarray
@@ -444,10 +447,10 @@ def sum_by(document, values):
 
 
 def frequencies_alone(checkpoint, x, weights):
-    """Nats per token of the same tokens by the unigram model of the training tokens, or None.
+    """{"nats_per_token", "perplexity"} of the same tokens under the unigram model of the training tokens.
 
-    "The same": weighted as the model's own scores. So of a masked model, left to right, it is over a sample,
-    and differs a little from that of a causal model on the same text.
+    "The same" means weighted as the model's own scores. For a masked model, left to right, these are a
+    sample, so the number differs a little from that of a causal model on the same text. None without counts.
     """
     if checkpoint.unigram is None:
         return None
@@ -475,9 +478,9 @@ def ratio(totals, sizes):
 
 
 def summary(sums, n_bytes=None, n_words=None):
-    """Means and standard errors of Sums in all units.
+    """Means and standard errors of Sums in all units, {name: float, or None if it does not exist}.
 
-    n_bytes, n_words: (documents,), size of the text that these nats are a code for; None where they are none.
+    n_bytes, n_words: (documents,), size of the text that these nats are a code for. None: they are no code.
     """
     mean, se = ratio(sums.nats, sums.tokens)
     right, right_se = ratio(sums.right, sums.tokens)
@@ -491,7 +494,7 @@ def summary(sums, n_bytes=None, n_words=None):
         result["bits_per_byte"] = mean / math.log(2)
         result["bits_per_byte_se"] = se / math.log(2)
 
-        # In Chinese or in DNA white space parts lines, if anything, and no words
+        # Chinese or DNA has no white space between words, at most between lines: no word perplexity
         if n_bytes.sum() < 40 * n_words.sum():
             mean, se = ratio(sums.nats, n_words)
             result["word_perplexity"] = exp(mean)
@@ -501,6 +504,7 @@ def summary(sums, n_bytes=None, n_words=None):
 
 
 def exp(nats):
+    """e^nats, without an overflow."""
     return math.exp(min(nats, 700))                             # float64 overflows beyond e^709
 
 # -----------------------------------------------------------------------------
@@ -524,7 +528,7 @@ def cell(result, name):
 
 
 def table(reports):
-    """All models, one column per model, as text."""
+    """The table of the reports as text, one column per model."""
     names = [Path(r["checkpoint"]).name for r in reports]
     if len(set(names)) < len(names):                                # same folder names: show whole paths
         names = [r["checkpoint"] for r in reports]
@@ -554,7 +558,7 @@ def table(reports):
 
 
 def show(reports):
-    """Print the table, and what has to be known to read it."""
+    """Print the table, and what a reader of it has to know."""
     first = reports[0]
     units = sorted({f"{len(r['tokens']['all'])} {r['clusters']}" for r in reports})
     print()
@@ -620,31 +624,32 @@ def build_parser():
     p.add_argument("--context", type=int, nargs="+", metavar="M",
                    help="left-to-right: also score the same tokens with only the last M tokens visible")
     p.add_argument("--max_windows", type=int,
-                   help="take that many windows, evenly spread; 0: all; if not given "
+                   help="take so many windows, evenly spread; 0: all; if not given "
                         + ", ".join(windows))
     p.add_argument("--samples", type=int, default=Settings().samples,
                    help="masked models: mask counts per window (bound) or prompt lengths per window "
-                        "(left-to-right, for the mean over all positions), evenly spread; block_size: all "
-                        "there are. --context: tokens per window")
+                        "(left-to-right, for the mean over all positions), evenly spread; block_size takes "
+                        "all of them. --context, all models: tokens per window")
     p.add_argument("--plot", nargs="?", const="perplexity.png", metavar="FILE",
                    help="draw perplexity by prompt length")
     p.add_argument("--batch_size", type=int, default=Settings().batch_size,
                    help="sequences per forward pass; does not change the result")
     p.add_argument("--results", metavar="DIR",
-                   help="write results to DIR/CHECKPOINT'S NAME, not to the checkpoint's folder")
+                   help="write to DIR/CHECKPOINT'S NAME instead of the checkpoint's own folder")
     add_device_flags(p, dtype="float32")
     return p
 
 
 class LoadedCheckpoint(NamedTuple):
+    """A model, and what of its training matters here."""
     path: str
     model: torch.nn.Module
     config: dict                        # config.json, with the step and the digest of the weights
     encoding: object                    # its tokenizer
     unigram: np.ndarray                 # (V,) log-probabilities by word frequencies alone, nats, or None
     most_masks: int                     # of a sequence in training, None if causal or not known
-    ahead: int                          # how far the targets of training reach beyond the inputs, in tokens:
-                                        # beyond 1 it gives a mixture over these, no code for the next one
+    ahead: int                          # how far the targets of training reach beyond the inputs, tokens.
+                                        # Above 1 it predicts a mixture of them, no code for the next one
 
 
 def load(path, args):
@@ -673,8 +678,8 @@ def load(path, args):
     return LoadedCheckpoint(path, model, config, encoding, unigram, most_masks, ahead)
 
 
-def read_text(args, checkpoint):
-    """The text that is asked for, in the checkpoint's vocabulary. Raises ValueError or OSError, one line."""
+def wanted_text(args, checkpoint):
+    """The Text that is asked for, in the checkpoint's vocabulary. Raises ValueError or OSError, one line."""
     if args.val:
         train = checkpoint.config["train"]
         data_dir = args.data_dir or train.get("data_dir", data.DATA_DIR)
@@ -722,7 +727,7 @@ def check(args, loaded):
 
 def evaluate_checkpoint(checkpoint, text, windows, args, command):
     """Evaluate one checkpoint, write its JSON file, return the report."""
-    # What the numbers are, in a line
+    # Say in one line what the numbers are
     method = METHODS[args.method]
     masks_follow = method.by_prompt and not checkpoint.model.config.causal
     suffix = args.suffix if masks_follow else None
@@ -763,7 +768,7 @@ def evaluate_checkpoint(checkpoint, text, windows, args, command):
 
 def run(args, command):
     """Evaluate the checkpoints one after the other, write their JSON files, print the table."""
-    # Everything is read and checked before the work begins
+    # Read and check everything before the work begins
     check_flags(args)
     args.device = pick_device(args.device)
     loaded = [load(path, args) for path in args.checkpoint]
@@ -771,7 +776,7 @@ def run(args, command):
     limit = METHODS[args.method].windows if args.max_windows is None else args.max_windows
     jobs = []
     for checkpoint in loaded:
-        text = read_text(args, checkpoint)
+        text = wanted_text(args, checkpoint)
         T = checkpoint.model.config.block_size
         windows = texts.cut_windows(text, T, limit, checkpoint.encoding.eot_token)
         jobs.append((checkpoint, text, windows))

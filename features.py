@@ -14,7 +14,7 @@ BATCH_TOKENS = 16384                        # padded tokens per forward pass
 
 
 def tokenize(task, encoding, T):
-    """(the task with lists of token ids as examples, number of examples cut to T tokens)."""
+    """A task of texts -> (the same task of token ids, how many examples were cut to T tokens)."""
     total = 0
     splits = {}
     for name, split in {"train": task.train, **task.dev}.items():
@@ -26,10 +26,10 @@ def tokenize(task, encoding, T):
 
 
 def encode(encoding, examples, T, half=0):
-    """(token ids of each example, a list of int lists of length 1..T; how many were cut to fit).
+    """Examples, tuples of one or two texts, as token ids: (lists of 1 to T ids, how many were cut to fit).
 
-    A pair is a <end-of-text> b. What is too long loses its end; of a pair, the longer of the two
-    does. With `half`, a pair is the last `half` tokens of a and the first `half` of b.
+    A pair is a <end-of-text> b. An example that is too long loses its end. Of a pair the longer text
+    is cut first. With `half`, a pair is the last `half` tokens of a and the first `half` of b.
     """
     columns = [encoding.encode_ordinary_batch(list(column)) for column in zip(*examples)]
     rows = []
@@ -58,8 +58,10 @@ def encode(encoding, examples, T, half=0):
 
 
 def batches(lengths, batch_tokens=BATCH_TOKENS):
-    """Yield index arrays that hold at most batch_tokens tokens when padded to their longest; longest
-    first."""
+    """Yield arrays of indices into lengths, the longest first.
+
+    A batch has at most batch_tokens tokens when it is padded to its longest row (or it is one row).
+    """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     first = 0
     while first < len(order):
@@ -78,8 +80,10 @@ def collate(rows, eot, device):
 
 
 def pool(hidden, valid, kind):
-    """hidden (B, T, C), valid (B, T) -> (B, C) float32: mean or max over the valid positions, or the
-    last of them."""
+    """One vector per text: hidden (B, T, C), valid (B, T) bool -> (B, C) float32.
+
+    kind: "mean" or "max" over the valid positions, or "last", the last of them.
+    """
     hidden = hidden.float()
     lengths = valid.sum(dim=1)                                              # (B,)
     valid = valid[:, :, None]                                               # (B, T, 1)

@@ -17,13 +17,13 @@ from features import collate, extract, pooled_features
 from glue_data import METRICS, subset
 from probe import held_out
 
-# --finetune: right for models of a few million parameters. Published recipes for BERT's size and
-# above, 1e-5 to 8e-5, lie all below: --lr 1e-5 2e-5 4e-5 8e-5
+# For models of a few million parameters. Published recipes for models of BERT's size and above use
+# lower rates: --lr 1e-5 2e-5 4e-5 8e-5
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3]
 
 
 def finetune_seeds(model, task, eot, kind, args):
-    """Fine-tune with `--seeds` seeds. task: with token ids as examples. kind: of pooling.
+    """Fine-tune with args.seeds seeds. task: a Task of token ids. kind: "mean", "max" or "last" pooling.
 
     The learning rate is chosen by the task's first metric on the held-out tenth of the training
     split, with seed 0. The median seed is that of this metric on the first dev set.
@@ -61,8 +61,10 @@ def finetune_seeds(model, task, eot, kind, args):
 
 
 def best_rate(values):
-    """Index of the largest of the values, one per learning rate in ascending order. Of equal ones
-    that nearest to the middle of the grid: [1, 1, 1, 0] -> 1."""
+    """Index of the largest of the values, one per learning rate in ascending order.
+
+    Of equal values, the one nearest to the middle of the grid: [1, 1, 1, 0] -> 1.
+    """
     middle = (len(values) - 1) / 2
     ties = [i for i, value in enumerate(values) if value == max(values)]
     return min(ties, key=lambda i: abs(i - middle))
@@ -71,8 +73,9 @@ def best_rate(values):
 def finetune(model, train, tests, n_classes, eot, kind, lr, seed, args):
     """Train a copy of the model and a linear head on it: AdamW, warmup and linear decay.
 
-    train and the members of tests are Splits of token ids. Returns the predictions on each test set.
-    The model itself is left as it is, so every run begins at the checkpoint.
+    train and the members of tests are Splits of token ids. n_classes: 0 for a score (squared error).
+    Returns the predictions on each test set, (m,) each. The model itself is left as it is, so every
+    run begins at the checkpoint.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ The tasks of eval_glue.py: GLUE's official files, two built-in tasks, and the me
 
 GLUE (Wang et al. 2019) is nine tasks on English sentences. The labels of its test sets are not
 public, so everyone reports on dev. The built-in tasks `stdlib-topic` and `stdlib-pair` need no
-download and stand in for GLUE in a first run; they are not GLUE. Their training examples come from
+download. They stand in for GLUE in a first run, and are not GLUE. Their training examples come from
 files of the running Python's library that data.py puts into the training split, their test examples
 from files of its validation split. So no test file was seen in pretraining or by the probe.
 """
@@ -23,14 +23,18 @@ from documents import document_is_val, read_text, stdlib_files
 
 
 class Split(NamedTuple):
-    """Examples are tuples (text,) or (text, text). Examples with equal numbers in `groups` (chunks of
-    one file) depend on each other: they are held out together and resampled together."""
+    """Examples with their labels. Tuples (text,) or (text, text), or lists of token ids.
+
+    Examples with equal numbers in `groups` (chunks of one file) depend on each other: they are held out
+    together and resampled together.
+    """
     examples: list
     y: np.ndarray                           # (n,) class numbers, or scores
     groups: np.ndarray                      # (n,) int; in GLUE each example is its own group
 
 
 class Task(NamedTuple):
+    """A classification or regression task."""
     name: str
     train: Split
     dev: dict                               # {"": Split}, or {"matched": Split, "mismatched": Split}
@@ -42,8 +46,8 @@ class Task(NamedTuple):
 
 def load_task(name, glue_dir="data/glue", download=True):
     """The Task of that name. Raises DataError, one line."""
-    if name in STDLIB:
-        return STDLIB[name](stdlib_files())
+    if name in BUILT_IN:
+        return BUILT_IN[name](stdlib_files())
     return load_glue(name, str(glue_dir), download)
 
 
@@ -63,6 +67,7 @@ def subset(split, index):
 # Metrics of predicted, true: (n,) class numbers, or scores for the correlations. Each returns a float
 
 def accuracy(predicted, true):
+    """Share of equal class numbers."""
     return float(np.mean(predicted == true))
 
 
@@ -79,7 +84,7 @@ def matthews(predicted, true):
 
 
 def pearson(predicted, true):
-    """0 if either array is constant, where it is not defined."""
+    """Pearson correlation. 0 if either array is constant, where it is not defined."""
     if np.ptp(predicted) == 0 or np.ptp(true) == 0:
         return 0.0
     x = predicted - np.mean(predicted)
@@ -93,8 +98,10 @@ def spearman(predicted, true):
 
 
 def ranks(values):
-    """(n,) float64: 1 for the smallest. Equal values get the mean of their places:
-    [3, 1, 3] -> [2.5, 1, 2.5]."""
+    """(n,) float64 ranks, 1 for the smallest value.
+
+    Equal values get the mean of their places: [3, 1, 3] -> [2.5, 1, 2.5].
+    """
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum()                                  # place of a value's last occurrence
     return (last - (counts - 1) / 2)[inverse]
@@ -123,8 +130,10 @@ def bootstrap(metric, predicted, true, groups, samples=500):
 # GLUE
 
 class Layout(NamedTuple):
-    """Where a task's text and labels are. Columns are names in the header, or numbers where there is
-    no header."""
+    """Where a task's text and labels are.
+
+    Columns are names in the header, or numbers where there is no header.
+    """
     url: str                                # after GLUE_URL
     text: tuple                             # one or two columns
     label: object                           # column
@@ -246,8 +255,7 @@ def split_mrpc(pairs, ids):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text file, a byte order mark removed. Raises DataError for another
-    encoding, with its name.
+    """The lines of a UTF-8 text file without a byte order mark. Raises DataError for another encoding.
 
     Lines end at a newline only: the text holds other characters at which str.splitlines would cut.
     """
@@ -259,8 +267,7 @@ def read_lines(path):
 
 
 def parse(lines, layout, path):
-    """(Split, number of malformed rows) of the lines of an official file. Raises DataError for a
-    wrong one.
+    """Lines of an official file -> (Split, number of malformed rows). Raises DataError for a wrong file.
 
     Fields are separated by tabs, and quotes mean nothing (they occur in the text). A row that is too
     short or has another label is malformed.
@@ -317,8 +324,10 @@ MAX_PAIRS = 2000        # most first texts, in training and in test
 
 
 def stdlib_topic(files):
-    """From which top-level package is this chunk? The MAX_CLASSES packages with the most training
-    chunks. files: [(path in the library, text), ...]."""
+    """From which top-level package is this chunk? files: [(path in the library, text), ...].
+
+    The classes are the MAX_CLASSES packages with the most training chunks.
+    """
     parts = cut_files(files, chunks)
 
     # Chunks per package, in training and in test
@@ -371,10 +380,11 @@ def stdlib_pair(files):
     return make_task("stdlib-pair", rows, ("other", "continues"), HALF)
 
 
-STDLIB = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
+BUILT_IN = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
 
 
 class File(NamedTuple):
+    """A source file of the library, cut into examples."""
     package: str                            # top-level package, "" for a module outside of any
     number: int
     pieces: list                            # chunks, or pairs
@@ -391,8 +401,7 @@ def cut_files(files, cut):
 
 
 def chunks(text):
-    """The pieces of CHUNK characters that do not overlap, at most PER_FILE of them, evenly spread
-    over the text."""
+    """Pieces of CHUNK characters that do not overlap, at most PER_FILE, evenly spread over the text."""
     starts = np.arange(0, len(text) - CHUNK + 1, CHUNK)
     if len(starts) > PER_FILE:
         starts = starts[np.linspace(0, len(starts) - 1, PER_FILE).astype(int)]
@@ -400,8 +409,10 @@ def chunks(text):
 
 
 def halves(text):
-    """Pairs of CHUNK characters before and after the end of a line, spread over the text. No cut word
-    tells which belong together."""
+    """Pairs of texts, the CHUNK characters before and after the end of a line, spread over the text.
+
+    No word is cut in two, which would tell which texts belong together.
+    """
     last, pairs = 0, []
     for start in range(CHUNK, len(text) - CHUNK, 4 * CHUNK):
         cut = text.find("\n", max(start, last + CHUNK)) + 1

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
+    """The sizes of a Transformer, and its attention."""
     vocab_size: int = 2048                  # ids that stand for text: 0 .. vocab_size-1
     block_size: int = 128                   # T, the longest input in tokens
     n_layer: int = 4
@@ -96,6 +97,7 @@ def attention(q, k, v, causal, mask=None):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -123,6 +125,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices with ReLU^2 between them, at every position: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -133,6 +136,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each on normalised input and added to it: (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.attn = Attention(config)
@@ -163,7 +167,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """wte                        normal, std 0.02 (also the output matrix: logits start near 0)
+        """How each matrix starts.
+
+        wte                        normal, std 0.02 (also the output matrix: logits start near 0)
         attn.c_attn, mlp.c_fc         normal, std 1/sqrt(C): keeps the scale of their normalised input
         attn.c_proj, mlp.c_proj       zero: every block starts as the identity
         """
@@ -207,8 +213,9 @@ class Transformer(nn.Module):
         return unembed(hidden, self.wte.weight, self.config.vocab_size)
 
     def forward(self, inputs, positions, targets, weights):
-        """The loss of a batch of any objective (objectives.py): `plain_loss` at the scored positions. It is
-        a sum, in nats. The caller divides it by the sum of the weights.
+        """The loss of a batch of any objective: `plain_loss` at the scored positions, a sum in nats.
+
+        The caller divides it by the sum of the weights.
 
         inputs: (B, T) int64. positions: (N,) int64 into B*T. targets: (N, K) int64. weights: (N,) float32.
         """
@@ -220,8 +227,9 @@ class Transformer(nn.Module):
 # The loss
 
 def unembed(hidden, weight, vocab_size):
-    """Logits: hidden (..., C), weight (V, C) -> (..., V), at least float32. Ids from vocab_size on are never
-    predicted: -inf.
+    """Logits: hidden (..., C), weight (V, C) -> (..., V), at least float32.
+
+    Ids from vocab_size on are never predicted: their logit is -inf.
     """
     logits = F.linear(hidden, weight.to(hidden.dtype))
     logits[..., vocab_size:] = -torch.inf
@@ -262,10 +270,10 @@ CPU_CHUNK = 2 ** 25         # how many logits are held in memory at a time
 GPU_CHUNK = 2 ** 27
 
 class CrossEntropy(torch.autograd.Function):
-    """`plain_loss`, without holding its (N, V) logits, at a vocabulary of 50,000 by far the largest buffer of
-    a step.
+    """`plain_loss` without holding all of its (N, V) logits.
 
-    The gradient of row n with respect to its logits needs nothing from outside of the row:
+    At a vocabulary of 50,000 they would be by far the largest buffer of a step. But the gradient of row n
+    with respect to its logits needs nothing from outside of the row:
 
         weights[n] * (softmax(logits[n]) - mean over k of onehot(targets[n, k]))
 

@@ -44,6 +44,7 @@ class Options:
 
 
 class Batch(NamedTuple):
+    """What an objective returns."""
     inputs: np.ndarray                  # (B, T) int64
     positions: np.ndarray               # (N,) int64, into the flattened inputs
     targets: np.ndarray                 # (N, K) int64
@@ -64,11 +65,10 @@ def ar(x, draw, options):
 
 
 def dar(x, draw, options):
-    """Diversity-enhanced autoregressive, L = -E sum_k E_{s ~ U{1..t}} log P(x[k+s] | x[1..k]),
-    t = options.lookahead. The model is not told s.
+    """Diversity-enhanced autoregressive, L = -E sum_k E_{s ~ U{1..t}} log P(x[k+s] | x[1..k]).
 
-    With dar_estimator "sample" one s is drawn per position. "expectation" averages over all t: the same
-    expected gradient with less variance. t = 1 is `ar`.
+    t is options.lookahead, and t = 1 is `ar`. The model is not told s. With dar_estimator "sample" one s is
+    drawn per position. "expectation" averages over all t: the same expected gradient with less variance.
 
     x: (B, T+t) token ids. With t = 2:
 
@@ -98,10 +98,11 @@ def score_every_position(inputs, targets):
 # Look around: masked objectives. A masked position sees every visible one.
 
 def mlm(x, draw, options):
-    """Masked, L = -E_M sum_{j in M} log P(x[j] | x[not M]),
-    M uniform among the sets of round(mask_ratio * T) positions.
+    """Masked, L = -E_M sum_{j in M} log P(x[j] | x[not M]).
 
-    x: (B, T+1) token ids, of which the first T are used; see `mask_batch` for an example.
+    M is uniform among the sets of round(mask_ratio * T) positions.
+
+    x: (B, T+1) token ids, of which the first T are used. See `mask_batch` for an example.
     """
     count = mask_count(options.mask_ratio, options.block_size)
     masked = uniform_masks(np.full(len(x), count), draw, options)               # (B, T)
@@ -109,9 +110,10 @@ def mlm(x, draw, options):
 
 
 def vlm(x, draw, options):
-    """Variable-length masked: as mlm, but the number of masked positions |M| of every sequence is itself
-    uniform on round(low * T) .. round(high * T), so that contexts of every length are seen in training.
-    low = high = r is mlm.
+    """Variable-length masked: as mlm, but every sequence draws its own number of masked positions |M|.
+
+    |M| is uniform on round(low * T) .. round(high * T), so that contexts of every length are seen in
+    training. low = high = r is mlm.
 
     Drawing every count independently would do. `spread` draws the counts of one step so that they cover
     the range evenly: each is still uniform, and the number of masked tokens hardly varies between steps.
@@ -177,6 +179,7 @@ def mask_batch(x, masked, slots, draw, options):
 # The table. A new objective goes here, with all that is special about it.
 
 class Objective(NamedTuple):
+    """All that is special about an objective."""
     batch: Callable                     # (x, draw, options) -> Batch
     causal: bool                        # attention: position k sees 1..k only, or all positions
     ahead: Callable = lambda options: 1             # how far the targets reach beyond the inputs, tokens
@@ -211,8 +214,9 @@ def mask_count(ratio, T):
 
 
 class Draw:
-    """Random numbers for the sequences `indices` ((B,) consecutive positions in the global batch) of one
-    training step.
+    """The random numbers of some sequences of one training step.
+
+    indices: (B,) consecutive positions in the global batch.
 
     A pure function of (seed, step, index): a sequence gets the same numbers in whichever process or
     micro-batch it is processed. So a run does not depend on how the batch is cut, and resuming needs no
@@ -250,8 +254,7 @@ def spread(offset, indices, levels):
 
 @lru_cache
 def most_masked(low, high, n):
-    """The largest number of masked tokens that n consecutive sequences of a vlm step can have, over
-    every offset u.
+    """The most masked tokens that n consecutive sequences of a vlm step can have, over every offset u.
 
     As u grows, the sum of the counts grows too, until some sequence's lattice point passes 1 and drops to
     0. So the maximum lies just before one of these n wraps: try them all. (Starting at a later sequence
@@ -407,5 +410,6 @@ def first_outside(values, last):
 
 
 def require(condition, message):
+    """Raises WrongBatch(message) unless the condition holds."""
     if not condition:
         raise WrongBatch(message)

@@ -31,10 +31,10 @@ CHOICE_TOLERANCE = 1e-3     # the same for the fits that only serve to choose th
 def probe(train, y, groups, tests, K, metric, directions=None):
     """Fit a probe on the training split and predict the test sets.
 
-    train: (n, C) features. y: (n,) class numbers below K, or scores if K = 0. groups: (n,);
-    examples with equal numbers are held out together. tests: a list of (m, C) features. metric:
-    function of predicted, true -> float, larger is better. directions: None, or use only that many
-    leading directions of the features, see `leading`.
+    train: (n, C) features. y: (n,) class numbers below K, or scores if K = 0. groups: (n,), examples
+    with equal numbers are held out together. tests: a list of (m, C) features. metric: a function
+    (predicted, true) -> float, larger is better. directions: None, or how many leading directions of
+    the features are used, see `leading`.
 
     Returns (predictions on each test set, (m,) each; a dict that says how the fit was chosen):
     "strength" of the penalty, "at_edge" whether it is the grid's strongest or weakest, "held_out"
@@ -90,8 +90,10 @@ def choose_strength(X, y, groups, K, metric):
 
 
 def tenths(groups):
-    """(n,) int: a number from 0 for each example. About a tenth of the groups has number 0, the next
-    tenth 1 and so on; what is left over gets 10. The same in every run."""
+    """(n,) int: in which tenth of the groups each example is, from 0. The same in every run.
+
+    Tenths are rounded down to whole groups, so the groups that are left over get 10 and higher.
+    """
     names, group = np.unique(groups, return_inverse=True)
     order = np.random.default_rng(0).permutation(len(names))
     return (order // max(1, len(names) // 10))[group]
@@ -103,8 +105,9 @@ def held_out(groups):
 
 
 def leading(train, tests, k):
-    """Features (n, C) -> (n, k): projections on the k leading principal directions of the training
-    split, and the same projection of the test sets.
+    """Features (n, C) -> (n, k): projections on the k leading principal directions of `train`.
+
+    Returns [train, *tests], the test sets projected on the same directions.
 
     The features are centred and not standardised first. The theory's rank-k bound is about the
     leading singular directions of the features as the model made them: a direction in which they
@@ -126,8 +129,10 @@ def predict(X, W, b, K):
 # The two regressions
 
 def fit_path(X, y, K, strengths, tolerance=TOLERANCE):
-    """Yield (W, b, gradient) for each strength. Each fit begins where the stronger one before it
-    ended. K = 0: ridge."""
+    """Yield (W, b, gradient) for each strength, see `fit_softmax` and (K = 0) `fit_ridge`.
+
+    Each fit begins where the stronger one before it ended.
+    """
     start = None
     for strength in strengths:
         if K:
@@ -139,11 +144,11 @@ def fit_path(X, y, K, strengths, tolerance=TOLERANCE):
 
 
 def fit_softmax(X, y, K, strength, start=None, tolerance=TOLERANCE):
-    """Minimise mean cross-entropy + strength/2 |W|^2 over W (C, K) and b (K,), by L-BFGS to a
-    gradient below the tolerance.
+    """Minimise mean cross-entropy + strength/2 |W|^2 over W (C, K) and b (K,) by L-BFGS.
 
-    X: (n, C) float64. y: (n,) int64. start: (W, b) to begin with (0 otherwise); it changes the time,
-    not the result. Returns (W, b, largest component of the gradient).
+    It ends at a gradient below the tolerance. X: (n, C) float64. y: (n,) int64. start: (W, b) to begin
+    with, 0 unless given, which changes the time and not the result. Returns (W, b, largest component
+    of the gradient).
 
     The steps are taken in V, where W = scale V with one scale for each column of X. If the columns
     are uncorrelated, as `probe` makes them, the loss at W = 0 is then equally curved in all

@@ -1,8 +1,9 @@
 """
 From the results of runs to differences, errors, tables and figures: what compare.py does with its numbers.
 
-    python report.py results/objectives.json                    # the tables of a finished comparison
-    python report.py results/objectives.json --against ar mlm --rows "perplexity" --plot claims.png
+    python report.py results/objectives.json                                # all that it measured
+    python report.py results/objectives.json --against ar mlm --rows "perplexity"       # some rows
+    python report.py results/objectives.json --plot claims.png --curves curves.png
 
     runs    {setting: {seed: run}}, and run["measurements"] is {measurement: numbers}, as in compare.json
     tests   {name: contents} of the test sets, which the measurements refer to
@@ -133,18 +134,18 @@ def find(name, run):
 
 
 def test_of(run, name):
+    """The key of the test set of a measurement."""
     return run["measurements"][name]["test"]
 
 # -----------------------------------------------------------------------------
 # Resampling the test documents or examples
 
 def resample(statistic, n):
-    """A statistic of n independent test units (documents, examples) and its resamples:
-    (1 + RESAMPLES,) float64.
+    """A statistic of n independent test units and its resamples, (1 + RESAMPLES,) float64.
 
-    statistic(times) -> float, where times (n,) says how often each unit counts: first 1 for all of them,
-    then as often as it is drawn when n units are drawn with replacement. The draws depend on n alone. So
-    all runs see the same ones, and a difference of two results is paired.
+    statistic(times) -> float, where times (n,) says how often each unit (document, example) counts: first 1
+    for all of them, then as often as it is drawn when n units are drawn with replacement. The draws depend on
+    n alone. So all runs see the same ones, and a difference of two results is paired.
     """
     rng = np.random.default_rng(0)
     values = [statistic(np.ones(n, dtype=np.int64))]
@@ -293,7 +294,7 @@ def probe_name(row):
 
 
 def remember(tests, name, contents):
-    """Store a test set once; returns its key, which two runs share only if it is the same for both."""
+    """Store a test set once. Returns its key, which two runs share only if they share the test set."""
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     key = f"{name} {digest[:8]}"
     tests[key] = contents
@@ -331,13 +332,13 @@ def table(runs, rows=""):
             found = [run["measurements"].get(name) for run in by_seed.values()]
             values = [measured["value"] for measured in found if measured]
             digits = 3 if name.startswith(f"{SPECTRUM}s_") else 1
-            row.append(spread(values, digits) if values else "-")
+            row.append(mean_and_range(values, digits) if values else "-")
         lines.append(row)
     return markdown(lines)
 
 
-def spread(values, digits=1):
-    """Mean [least, greatest], with as many digits as make sense."""
+def mean_and_range(values, digits=1):
+    """Mean [least, greatest] of the values, with as many digits as make sense."""
     mean = np.mean(values)
     return with_range(mean, min(values), max(values), digits=0 if mean >= 100 else digits)
 
@@ -392,12 +393,15 @@ MARKERS = "osD^vP*X"
 
 
 def style(i):
+    """Colour and marker of setting number i."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
 
 
 def plot(runs, tests, path):
-    """The paper's two sides in one figure: generation (perplexity by prompt length) and what linear
-    probes read from context (gain over the input embeddings). Bands and bars: lowest and highest seed.
+    """The paper's two sides in one figure, generation and classification.
+
+    Perplexity by prompt length, and what linear probes read from context (gain over the input embeddings).
+    Bands and bars go from the lowest to the highest seed.
     """
     from matplotlib.figure import Figure
 
@@ -409,6 +413,7 @@ def plot(runs, tests, path):
 
 
 def plot_perplexity(runs, axes):
+    """Perplexity against prompt length, one curve per setting."""
     # One curve per setting
     ends = draw_curves(runs, axes, perplexity_points)
     level = without_context(runs)
@@ -491,6 +496,7 @@ def without_context(runs):
 
 
 def dotted(axes, level):
+    """A dotted line at the level of word frequencies alone."""
     axes.axhline(level, color="gray", linestyle=":")
     axes.annotate("word frequencies alone", (1, level), xycoords=("axes fraction", "data"),
                   xytext=(0, 3), textcoords="offset points", color="gray", fontsize=9, ha="right")
@@ -519,6 +525,7 @@ def label_ends(axes, ends):
 
 
 def plot_gains(runs, tests, axes):
+    """What each probe gains over the input embeddings, one group of bars per probe."""
     # {measurement: name below the axis}. The leading directions only where there is nothing else
     names = {}
     for run in all_runs(runs):
@@ -586,7 +593,7 @@ def read(path, settings):
 
 
 def keep(runs, rows):
-    """Drop the measurements that are neither asked for nor part of a gain that is: resampling takes time."""
+    """Drop the measurements that are neither asked for nor part of a gain that is, as resampling is slow."""
     for run in all_runs(runs):
         measurements = run["measurements"]
         wanted = {name for name in measurements if re.search(rows, name)}

@@ -57,8 +57,9 @@ def leave_together():
 
 
 def together(action):
-    """action() in every process; returns its result. If it fails in any, all leave: the first of those that
-    failed with its error, the others silently.
+    """The result of action(), which runs in every process.
+
+    If it fails in any of them, all leave: the first that failed with its error, the others silently.
     """
     rank, world = rank_and_world()
 
@@ -89,6 +90,7 @@ def in_first_process(action):
 
 
 def rank_and_world():
+    """(number of this process, number of processes): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -142,7 +144,7 @@ def say_passes(args, done, train_tokens):
 
 
 def patience():
-    """torchrun kills 30 s after a signal: said before a checkpoint is saved."""
+    """What is said before a checkpoint is saved: torchrun kills its processes 30 s after a signal."""
     return " (torchrun waits 30 s for it)" if dist.is_initialized() else ""
 
 
@@ -193,11 +195,11 @@ def check_dataset(args, folder):
     """Raises DataError if a dataset is not, byte for byte, the one that the run in out_dir began with."""
     before = read_config(args.out_dir).get("dataset")
     if before is None:
-        raise DataError(f"{args.out_dir} does not say which dataset it was trained on (an older version wrote "
-                        "it): train it again with --overwrite")
+        raise DataError(f"{args.out_dir} does not say which dataset it was trained on "
+                        "(an older version wrote it): train it again with --overwrite")
     if before != dataset_digests(folder):
-        raise DataError(f"{folder} is not the dataset that {args.out_dir} was trained on: it was prepared "
-                        "again, or --data_dir names another folder")
+        raise DataError(f"{folder} is not the dataset that {args.out_dir} was trained on: "
+                        "it was prepared again, or --data_dir names another folder")
 
 
 def dataset_digests(folder):
@@ -208,8 +210,11 @@ def dataset_digests(folder):
 # The run's folder
 
 def flags_in_force(args):
-    """The flags as config.json keeps them. The folder that holds it is out_dir, wherever it is moved to, and
-    a device "auto" stays "auto", so that another machine picks for itself."""
+    """The flags as config.json keeps them.
+
+    out_dir is left out: it is the folder that holds config.json, wherever that is moved to. A device "auto"
+    stays "auto", so that another machine picks its own.
+    """
     flags = {**vars(args), "device": args.device_flag}
     for name in ("device_flag", "out_dir", "resume", "overwrite"):
         del flags[name]
@@ -283,8 +288,11 @@ def remove_run(out_dir):
 
 
 def sources_of_run(args):
-    """{file: sha256} of the code that made the run. A file that changed since it began is named, and from
-    then on matches no code: such weights belong to neither version."""
+    """{file: sha256} of the code that made the run.
+
+    A file that changed since the run began is named on the screen, and from then on matches no code: such
+    weights belong to neither version.
+    """
     now = source_digests()
     if not args.resume:
         return now
@@ -353,8 +361,10 @@ def check_finite(numbers, model, step, saved):
 
 @contextlib.contextmanager
 def handler(handle):
-    """Call handle(number, frame) on Ctrl-C, SIGTERM and a closed terminal. The old handlers are restored at
-    the end. Outside of the main thread Python allows none: nothing is caught.
+    """Call handle(number, frame) on Ctrl-C, SIGTERM and a closed terminal.
+
+    The old handlers are restored at the end. Outside of the main thread Python allows none, so nothing is
+    caught there.
     """
     old = {}
     if threading.current_thread() is threading.main_thread():
@@ -365,14 +375,15 @@ def handler(handle):
     try:
         yield
     finally:
-        for number, handle in old.items():
-            signal.signal(number, handle)
+        for number, before in old.items():
+            signal.signal(number, before)
 
 
 @contextlib.contextmanager
 def one_line_stop():
-    """A signal ends the process with one line and exit code 128 + its number: before and after the loop
-    nothing needs to be saved.
+    """A signal ends the process with one line and exit code 128 + its number.
+
+    For the time before and after the loop, when nothing needs to be saved.
     """
     numbers = []
 
@@ -431,8 +442,9 @@ COMPILE_PAYS_FLOPS = 2e13   # of a run on a CPU: compiling takes 10 to 20 s, a s
 
 
 def pick_compile(args, step_flops):
-    """Whether to compile. On a GPU yes. On a CPU if there is a C++ compiler and the run is long enough to pay
-    for it.
+    """Whether to compile: always on a GPU, on a CPU only where it pays.
+
+    It pays if there is a C++ compiler and the run is long enough.
     """
     if args.compile != "auto":
         return args.compile == "on"
@@ -444,7 +456,7 @@ def pick_compile(args, step_flops):
 
 
 def compiled(model, batch):
-    """The model under torch.compile, tried on one batch. Where that fails, one line and the model itself."""
+    """The model under torch.compile, tried on one batch. If that fails, says so and returns the model."""
     start = time.time()
     say("compiling (a second run finds it in the cache) ...")
     try:

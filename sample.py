@@ -9,7 +9,7 @@ Sample text from a checkpoint: continue a prompt with any objective's model, fil
 A causal model gives P(next token | tokens so far): draw it, append it, repeat. (After dar training this is
 the mixture over the next t tokens, so its text is looser than that of ar.) A masked model gives P(token |
 visible tokens) at every mask: draw some, which makes them visible, repeat. It knows the mask ratios of its
-training: vlm (up to 1.0) can start from a short prompt, mlm at 0.15 can only be trusted with small gaps.
+training: vlm (up to 1.0) can start from a short prompt, mlm (at 0.15) can only be trusted with small gaps.
 """
 import math
 import re
@@ -27,10 +27,10 @@ from tokenizer import load_tokenizer
 # -----------------------------------------------------------------------------
 # One draw
 
-def draw(logits, temperature=1.0, top_k=None, generator=None):
+def draw_tokens(logits, temperature=1.0, top_k=None, generator=None):
     """One token per row, drawn from softmax(logits / temperature) cut to the top_k likeliest tokens.
 
-    (N, V) logits -> (N,) int64, both drawn and returned on the CPU: a seed means the same on every device.
+    (N, V) logits -> (N,) int64 on the CPU, where they are drawn: a seed means the same on every device.
     temperature 0 takes the likeliest token. Ids at -inf (the mask token, padding) have probability 0.
     """
     greedy = temperature < 1e-6                             # 0, or too small to divide by
@@ -47,7 +47,9 @@ def draw(logits, temperature=1.0, top_k=None, generator=None):
 # Look ahead: a causal model appends one token at a time
 
 def append(model, ids, n, pick, watch=None):
-    """ids followed by n new tokens, each drawn by pick from P(token | the tokens before it).
+    """ids followed by n new tokens, each drawn from P(token | the tokens before it).
+
+    ids: a list. pick: a function, logits (1, V) -> a token, (1,). Returns a list.
 
     Keys and values are cached, so that a step runs the model on one new token only. When the window
     (block_size tokens) is full, its last half starts a new window and is encoded again. watch(ids) is called
@@ -80,8 +82,10 @@ def append(model, ids, n, pick, watch=None):
 
 @torch.no_grad()
 def fill(model, ids, pick, order="left", steps=None, n=None, watch=None):
-    """ids (at most block_size) with the first n mask tokens replaced (default: all), in `steps` passes
-    (default: one per token).
+    """ids, at most block_size, with the first n mask tokens filled in (None: all).
+
+    ids: a list. pick: a function, logits (N, V) -> N tokens. steps: forward passes, by default one per token.
+    Returns a list.
 
     order "left": the leftmost masks first. "confidence": first the masks whose likeliest token is most
     probable. This depends on the visible tokens, not on what is then drawn, so every token is a draw from the
@@ -118,9 +122,9 @@ def fill(model, ids, pick, order="left", steps=None, n=None, watch=None):
 
 
 def append_masked(model, ids, n, pick, order="left", steps=None, watch=None):
-    """ids followed by n new tokens. Masks follow the prompt up to block_size, as in training and evaluation,
-    and the first n are filled in.
+    """ids followed by n new tokens.
 
+    Masks follow the prompt up to block_size, as in training and evaluation, and the first n are filled in.
     For more than the window holds, its last half starts a new one. Windows share `steps` by their numbers of
     new tokens.
     """
@@ -150,12 +154,13 @@ def append_masked(model, ids, n, pick, order="left", steps=None, watch=None):
 @torch.no_grad()
 def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, order="left", steps=None,
              generator=None, watch=None):
-    """prompt_ids, a list of at least one id (end-of-text starts a document), and max_new_tokens more ids.
+    """prompt_ids followed by max_new_tokens more ids, a list.
 
-    model: a Transformer, causal or masked. temperature, top_k: see `draw`. order ("left", "confidence") and
-    steps (forward passes in all): masked models only, see `fill`. generator: a torch.Generator on the CPU, or
-    None for the global one. watch: called with the ids so far, after every pass. Returns a list. Raises
-    ValueError, one line, for an argument that makes no sense.
+    prompt_ids: a list of at least one id. End-of-text starts a document.
+    model: a Transformer, causal or masked. temperature, top_k: see `draw_tokens`. order
+    ("left", "confidence") and steps (forward passes in all): masked models only, see `fill`. generator: a
+    torch.Generator on the CPU, or None for the global one. watch: called with the ids so far, after every pass.
+    Raises ValueError, one line, for an argument that makes no sense.
     """
     check(model, temperature, top_k, order, steps)
     T = model.config.block_size
@@ -165,7 +170,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, ord
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
-    pick = partial(draw, temperature=temperature, top_k=top_k, generator=generator)
+    pick = partial(draw_tokens, temperature=temperature, top_k=top_k, generator=generator)
     if model.config.causal:
         return append(model, prompt_ids, max_new_tokens, pick, watch)
     return append_masked(model, prompt_ids, max_new_tokens, pick, order, steps, watch)
@@ -187,11 +192,11 @@ def check(model, temperature, top_k, order, steps):
 # From text to ids and back
 
 def encode_beginning(text, encoding):
-    """Token ids of a text that a model will continue: those that it would have if a word followed.
+    """Token ids of a text that a model will continue: those that the text has if a word follows it.
 
-    In most vocabularies a word brings the space before it. "def f" is the tokens "def" and " f", and a
-    space after "def" stands there for nothing the model has seen. So a last space is left out, and a last
-    line break is a token of its own:
+    In most vocabularies a word includes the space before it: "def f" is the tokens "def" and " f", and
+    training has hardly ever shown "def" followed by a token " ". So a last space is left out, and a last line
+    break is a token of its own:
 
         "def " -> "def",    "if x:\\n    " -> "if", " x", ":", "\\n   ",    "x\\n\\n" -> "x", "\\n", "\\n"
     """
@@ -229,10 +234,10 @@ def text_so_far(ids, encoding, mask_token):
 # --watch
 
 def show_passes(stream):
-    """A function that shows a text that grows: show(text) for every pass, then show("") to clear the screen.
+    """A function that shows a growing text: show(text) for every pass, then show("") to clear the screen.
 
-    On a terminal the text is printed again in place, at a speed that one can follow; of a text that is
-    taller than the terminal its end. Elsewhere every pass is one line.
+    On a terminal the text is printed again in place, at a speed that one can follow. Of a text that is taller
+    than the terminal only the end is shown. Elsewhere every pass is one line.
     """
     terminal = stream.isatty()
     height = 0                                              # rows that are on the screen now
@@ -300,7 +305,7 @@ def half_masked(model, encoding, text):
 
     hidden = np.array(ids)
     hidden[masked] = model.config.mask_token
-    filled = fill(model, hidden.tolist(), partial(draw, temperature=0.0), order="confidence")
+    filled = fill(model, hidden.tolist(), partial(draw_tokens, temperature=0.0), order="confidence")
     for i in masked:
         shown = r"\S" if pieces[i].strip() else r"."                        # a masked space shows, too
         pieces[i] = re.sub(shown, "_", pieces[i])
@@ -308,7 +313,7 @@ def half_masked(model, encoding, text):
 
 
 def example_lines(encoding, ids, block_size, n=3):
-    """n successive lines of text from the beginning of validation ids (n_ids,), none longer than 72 characters.
+    """n successive lines from the beginning of validation ids, (n_ids,), of 24 to 72 characters each.
 
     Text without such lines (one long line, short ones only) is cut into pieces of 48 characters.
     """
@@ -380,7 +385,7 @@ def run(args):
         each_pass = watch if args.watch else None
         if args.infill is not None:
             ids = infill_ids(args.infill, encoding, model.config, args.gap_tokens)
-            ids = fill(model, ids, partial(draw, **how), args.order, args.steps, watch=each_pass)
+            ids = fill(model, ids, partial(draw_tokens, **how), args.order, args.steps, watch=each_pass)
         else:
             ids = generate(model, prompt or [encoding.eot_token], args.max_new_tokens, order=args.order,
                            steps=args.steps, watch=each_pass, **how)

@@ -75,7 +75,7 @@ def chi2(P, weights, parts=1):
 def effective_rank(X):
     """exp(entropy of s_i^2 / sum of s^2) of the centred features X (n, C), in 1..C, and s (C,).
 
-    It is k for features that vary equally in k directions, and nowhere else.
+    It is k for features that vary equally in k directions and not at all in the others.
     """
     s = np.linalg.svd(X - X.mean(0), compute_uv=False) / math.sqrt(len(X))
     share = s ** 2 / (s ** 2).sum()
@@ -86,6 +86,7 @@ def effective_rank(X):
 # From a trained model to predictions
 
 class Contexts(NamedTuple):
+    """B contexts, one of each sequence, and their targets."""
     inputs: np.ndarray                  # (B, T) int64, as the objective shows them
     position: np.ndarray                # (B,) int64, the scored position
     targets: np.ndarray                 # (B, K) int64
@@ -94,10 +95,10 @@ class Contexts(NamedTuple):
 
 
 def sample_contexts(shards, options, indices, seed):
-    """One context per sequence, distributed with its weight as the objective's scored positions are.
+    """One context per sequence. With their weights they are distributed as the objective's scored positions.
 
-    One, as those of a sequence depend on each other. Within the sequence a position is drawn by its
-    weight in the loss, and the sequence counts as much as all of its scored positions: in `vlm` with
+    Only one, because those of a sequence depend on each other. Within the sequence a position is drawn by
+    its weight in the loss, and the sequence counts as much as all of its scored positions: in `vlm` with
     normalization "tokens", one with more masks counts more.
     """
     draw = Draw(seed, 0, indices)
@@ -130,7 +131,7 @@ def predict(model, inputs, position):
 
 
 @torch.no_grad()
-def pooled_features(model, text):
+def mean_features(model, text):
     """The mean of the last layer's hidden states, as probes read it: (B, T) -> (B, C) float64."""
     device = model.wte.weight.device
     hidden = model.features(torch.from_numpy(text).to(device))                      # (B, T, C)
@@ -148,12 +149,12 @@ def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
         likelihoods = np.take_along_axis(P[-1], contexts.targets, axis=1)           # (B, K)
         losses.append(-np.log(likelihoods).mean(axis=1))
         if features:
-            pooled.append(pooled_features(model, contexts.text))
+            pooled.append(mean_features(model, contexts.text))
 
     # The model's joint distribution of context and target
     P, weights, losses = np.concatenate(P), np.concatenate(weights), np.concatenate(losses)
     s = singular_values(P, weights)
-    hitting = cooccurrence.report(s)["hitting"]
+    hitting = cooccurrence.describe(s)["hitting"]
     whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
     result = {"contexts": n,
               "loss": np.average(losses, weights=weights),
@@ -221,9 +222,9 @@ def figure(path, results):
     P = cooccurrence.texts()
     theory = {name: cooccurrence.singular_values(cooccurrence.cooccurrence(P, pairs))
               for name, pairs in cooccurrence.short_contexts().items()}
-    cooccurrence.draw(left, "Toy language, exact", "i", "singular value $s_i$", theory)
+    cooccurrence.panel(left, "Toy language, exact", "i", "singular value $s_i$", theory)
     models = {name: result["singular_values"] for name, result in results.items()}
-    cooccurrence.draw(right, "Trained models", "i", "singular value $s_i$", models, xscale="log")
+    cooccurrence.panel(right, "Trained models", "i", "singular value $s_i$", models, xscale="log")
     save_figure(fig, path)
 
 

@@ -1,6 +1,6 @@
 """
-The texts that perplexity is measured on: WikiText-2, a validation split or a file, in a checkpoint's vocabulary,
-their documents, and windows of them.
+The texts that perplexity is measured on, in a checkpoint's vocabulary: WikiText-2, a validation split or a
+file. Their documents, and windows of them.
 
     text = texts.from_file("book.txt", encoding)
     windows = texts.cut_windows(text, T=128, limit=500, eot=encoding.eot_token)     # ids (500, 129)
@@ -65,7 +65,7 @@ WIKITEXT_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79
 
 
 def wikitext(folder, encoding):
-    """The Text of WikiText-2's raw test split, downloaded to `folder` if it is not there. Raises DataError."""
+    """The Text of WikiText-2's raw test split. Downloaded to `folder` if it is missing. Raises DataError."""
     path = Path(folder, "wiki.test.raw")
     if not path.exists():
         archive = Path(folder, "wikitext-2-raw-v1.zip")
@@ -102,8 +102,8 @@ def cut_windows(text, T, limit, eot):
     """Windows of T tokens, each after the one token before it (`eot` at the start of a stream).
 
     They do not overlap or cross from one stream into the next. A stream's last tokens, fewer than T, are
-    not used. Of more than `limit` (0: none) that many are taken, evenly spread. Raises ValueError if there
-    are none.
+    not used. If there are more than `limit` windows (0: no limit), so many are taken, evenly spread. Raises
+    ValueError if there are none.
     """
     # Where they begin: (stream number, place)
     places = []
@@ -131,9 +131,9 @@ def cut_windows(text, T, limit, eot):
 
 
 def clusters(document):
-    """What is independent: (n, T) numbers from 0 of the documents that occur, and "documents".
+    """Which tokens are independent of which: (n, T), each token's cluster, from 0, and what a cluster is.
 
-    If there is only one, the windows have to do: numbers of the rows, and "windows".
+    document: see `Windows`. Clusters are "documents". If there is only one, they are "windows", the rows.
     """
     found, number = np.unique(document, return_inverse=True)
     if len(found) > 1:

@@ -1,6 +1,7 @@
 """
-Text -> token ids. Three tokenizers: GPT-2's vocabulary, single bytes, or byte-pair encoding trained here.
-Each is a tiktoken.Encoding.
+Text -> token ids, by GPT-2's vocabulary, single bytes, or byte-pair encoding trained here.
+
+Each of these tokenizers is a tiktoken.Encoding:
 
     encoding = load_tokenizer("data/stdlib")            # or a checkpoint's folder, e.g. "out/vlm"
     encode_text(encoding, "def f(x):")                  # ids below encoding.n_vocab, of which the last

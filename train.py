@@ -1,6 +1,5 @@
 """
-Pretrain a Transformer with any objective of objectives.py:
-bytes -> windows -> (context, target) pairs -> loss -> update.
+Pretrain a Transformer: tokens -> windows -> (context, target) pairs of an objective -> loss -> update.
 
     python train.py --objective vlm                 # a first run: the standard library's text, no download
     python train.py --objective ar --out_dir out/ar-wide --n_embd 256 --max_iters 2000
@@ -29,7 +28,7 @@ import torch
 
 import data
 import objectives
-from common import (DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory)
+from common import DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory
 from flags import check_folder, make_options, parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Batch, Draw
@@ -47,8 +46,9 @@ CONTEXT_GAIN = 0.03         # a loss less than this fraction below that of word 
 # Batches
 
 def get_batch(shards, options, seed, step, indices):
-    """The sequences `indices` of the global batch of a step, as an objectives.Batch:
-    a pure function of its arguments.
+    """The sequences `indices`, (B,), of the global batch of a step, as an objectives.Batch.
+
+    shards: a list of (n,) ids. A pure function of its arguments.
     """
     random = Draw(seed, step, indices)
     x = data.windows(shards, objectives.window_size(options), random.per_sequence(1)[:, 0])  # (B, T + extra)
@@ -67,8 +67,10 @@ def to_device(batch, device):
 
 
 def check_first_batch(shards, options, args):
-    """Raises DataError, in the field's words, for an objective that is wrong. Only before the first step:
-    the loop checks nothing."""
+    """Raises DataError, one line that says what is wrong, for an objective that cannot be trained.
+
+    Called once, before the first step. The loop checks nothing.
+    """
     for split in ("train", "val"):
         data.check_window(shards[split], objectives.window_size(options))
     try:
@@ -80,7 +82,7 @@ def check_first_batch(shards, options, args):
 
 
 def prefetch(make, batches, first, last):
-    """Yields (step, make(step)) for first <= step < last. The next one is made while this one is used.
+    """Yields (step, make(step)) for first <= step < last. Meanwhile the batches of the next step are made.
 
     batches: make(first), the batches of the first step, already made.
     """
@@ -106,10 +108,10 @@ def validation_batches(shards, options, args):
 
 
 def evaluate(model, shards, options, args):
-    """Yields None after every batch, and at last the validation loss, nats per scored token: the sum of the
-    losses over the sum of the weights. Equally often in all processes, so that they can stop together.
+    """The validation loss in nats per scored token: the sum of the losses over the sum of the weights.
 
-    Gradients stay on: without them the model would be compiled again.
+    A generator, so that a long validation can be stopped: it yields None after every batch, equally often in
+    all processes, and then the loss. Gradients stay on: without them the model would be compiled again.
     """
     _, world = rank_and_world()
     total = torch.zeros(2)
@@ -125,9 +127,9 @@ def evaluate(model, shards, options, args):
 
 
 def unigram_loss(dataset, shards, options, args):
-    """What `evaluate` would give for a model that only knows how often each word occurs in training.
+    """The validation loss, in nats, of a model that only knows how often each token occurs in training.
 
-    dataset: its folder. Returns None, with a word, where the folder does not say how often.
+    dataset: its folder. If that holds no counts, says so and returns None.
     """
     if not os.path.exists(os.path.join(dataset, "unigram.npy")):
         say(f"{dataset} has no unigram.npy, so no loss of word frequencies is shown beside the model's "
@@ -163,8 +165,9 @@ def set_rates(optimizers, args):
 
 
 def lr_factor(step, args):
-    """Fraction of the peak learning rate at a step:
-    linear warmup, constant, linear decay to min_lr_fraction.
+    """Fraction of the peak learning rate at a step: linear warmup, constant, linear decay.
+
+    The decay takes the last decay_fraction of the run and ends at min_lr_fraction.
     """
     warmup = (step + 1) / (args.warmup_iters + 1)
     left = (args.max_iters - step) / max(1, args.decay_fraction * args.max_iters)
@@ -356,7 +359,7 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
 # The end of a run: its loss, and what the model was trained for
 
 def finish(args, model, size, shards, val_loss, baseline):
-    """Print the validation loss beside that of word frequencies, and a few lines that the model writes.
+    """Print the validation loss beside that of word frequencies, and some text that the model writes.
 
     size: {"tokens", "bytes"} of the validation split. shards: its ids. baseline: see unigram_loss.
     """

@@ -125,7 +125,7 @@ def make_step(args, shards, plain=False):
     # The loss
     loss = model
     if plain:
-        batches = [score_every_position(batch) for batch in batches]
+        batches = [score_everywhere(batch) for batch in batches]
         loss = partial(plain_forward, model)
     elif pick_compile(args, needed):
         torch.compiler.reset()          # else the shapes of the objective before make this one's dynamic
@@ -147,7 +147,7 @@ def plain_forward(model, inputs, positions, targets, weights):
     return plain_loss(hidden, model.wte.weight, targets, weights, model.config.vocab_size)
 
 
-def score_every_position(batch):
+def score_everywhere(batch):
     """The batch with all B*T positions scored, those that were not with weight 0: the same loss."""
     size = batch.inputs.numel()
     positions = torch.arange(size, device=batch.inputs.device)
@@ -170,6 +170,7 @@ def start_plain(args, shards):
 
 
 def run_plain(device):
+    """Run the plain step and wait for it."""
     PLAIN["step"]()
     clock(device)
 

@@ -94,6 +94,7 @@ def tracked_files():
 
 
 def is_left_out(name):
+    """Whether a file, by its path in the repository, is not for students."""
     return any(name == out or name.startswith(out + "/") for out in LEFT_OUT)
 
 

@@ -78,7 +78,7 @@ def test_plain_version_has_the_same_loss_and_gradient(objective):
 
     x = np.random.default_rng(0).integers(50, size=(4, 18))
     batch = to_device(OBJECTIVES[objective].batch(x, Draw(0, 0, range(4)), options), "cpu")
-    every = bench.score_every_position(batch)
+    every = bench.score_everywhere(batch)
     assert every.positions.tolist() == list(range(64))
     assert every.weights.sum() == batch.weights.sum()
 

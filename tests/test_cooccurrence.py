@@ -223,7 +223,7 @@ def test_table_3a_all_lengths(P):
     reference = spectrum(cooccurrence(P, ar(6, every)))
     assert (reference ** 2).sum() - 1 == pytest.approx(2.174, abs=6e-4)
     column = spectrum(cooccurrence(P, ar(6, every), tgt="col"))
-    assert (column ** 2).sum() - 1 == pytest.approx(14.87, abs=6e-3) and co.report(column)["parts"] == 5
+    assert (column ** 2).sum() - 1 == pytest.approx(14.87, abs=6e-3) and co.describe(column)["parts"] == 5
     for lengths, number, mark in [(every, 1.539, "E"), ([2, 3, 4], 1.126, "E"), ([3, 4, 5], 2.306, "X")]:
         s = spectrum(cooccurrence(P, vlm(6, lengths)))
         assert (s ** 2).sum() - 1 == pytest.approx(number, abs=6e-4) and verdict(s, reference) == mark
@@ -248,7 +248,7 @@ def test_spectra_of_section_3(P):
             (mlm(6, 2), [1, .4246, .4246, .1868, .1868, .1860, .1849, .1636, .1636], 8.64)]:
         s = spectrum(cooccurrence(P, pairs))
         assert s == pytest.approx(expected, abs=6e-5)
-        assert co.report(s)["hitting"] == pytest.approx(hitting, abs=6e-3)
+        assert co.describe(s)["hitting"] == pytest.approx(hitting, abs=6e-3)
 
 
 TABLE_4A = {"ar": (.3700, .3667, 2.343, 1.406, .434, .578, .288),
@@ -266,7 +266,7 @@ def test_table_4a(P):
     for name, pairs in co.short_contexts().items():
         A, labels = cooccurrence(P, pairs), cooccurrence(joint, [(S, 6, w) for S, _, w in pairs])
         assert errors[name] == pytest.approx(TABLE_4A[name][:2], abs=1e-4)
-        got = (chi2(A), tail(A, 3), *co.bound(A, labels, 3))
+        got = (chi2(A), tail(A, 3), *co.probe_bound(A, labels, 3))
         assert got == pytest.approx(TABLE_4A[name][2:], abs=6e-4)
     assert 1 - cooccurrence(joint, [((0, 1), 6, 1)]).max(1).sum() == pytest.approx(0.0667, abs=1e-4)
 
@@ -284,17 +284,17 @@ def test_table_4b():
     """Closed form to the digits; measurement at N = 4000 to 2 %, probe errors to .015."""
     for t, s_2, rest, number in [(1, 1, 56, 59), (2, .9055, 28, 30.46), (4, .8544, 14, 16.19),
                                  (8, .8276, 7, 9.055)]:
-        r = co.report(co.limit(t), 4)
+        r = co.describe(co.limit_spectrum(t), 4)
         assert (r["s_2"], r["tail"], r["chi2"]) == pytest.approx((s_2, rest, number), rel=5e-4)
     halves, errors = (slice(2000), slice(2000, 4000)), {}
     for seed in range(3):
         topic, matrices = co.unique_contexts(4000, seed)
         for (name, A), t in zip(matrices.items(), (1, 2, 4, 8, 8)):
-            r, ideal = co.report(spectrum(A), 4), co.report(co.limit(t), 4)
+            r, ideal = co.describe(spectrum(A), 4), co.describe(co.limit_spectrum(t), 4)
             assert r["parts"] == (60 if t == 1 else 1)
             assert (r["tail"], r["chi2"]) == pytest.approx((ideal["tail"], ideal["chi2"]), rel=0.02)
             assert r["s_2"] == pytest.approx(ideal["s_2"], abs=0.01)
-            probes = [co.probe(co.features(A, A, k), topic, *halves) for k in (4, 60)]
+            probes = [co.probe_error(co.features(A, A, k), topic, *halves) for k in (4, 60)]
             errors.setdefault(name, []).append(probes)
     expected = {"ar": (None, .150), "dar(2)": (.146, .156), "dar(4)": (.028, .024), "dar(8)": (.001, .002),
                 "mlm, 8 masks": (.002, .002)}
@@ -339,7 +339,7 @@ def test_fact_1_chi_square_and_components():
         s = spectrum(A)
         assert (s ** 2).sum() - 1 == pytest.approx(((A - independent) ** 2 / independent).sum())
         assert s[0] == pytest.approx(1)
-        assert co.report(s)["parts"] == components(A)
+        assert co.describe(s)["parts"] == components(A)
         found.add(components(A))
     assert len(found) > 1
 
@@ -425,12 +425,12 @@ def test_proposition_5_bound():
         A = random_joint(rng, 10, 6, sparse=False)
         labels = A.sum(1, keepdims=True) * rng.dirichlet(np.full(3, 0.3), size=10)
         for k in range(1, 6):
-            phi, limit, residual = co.bound(A, labels, k)
+            phi, limit, residual = co.probe_bound(A, labels, k)
             assert -1e-9 <= residual <= limit + 1e-9
         x = co.features(A, A, 3)                                    # R_3 is what least squares leaves
         p = A.sum(1, keepdims=True)
         left = np.linalg.lstsq(np.sqrt(p) * x, labels / np.sqrt(p), rcond=None)
-        assert co.bound(A, labels, 3)[2] == pytest.approx(left[1].sum())
+        assert co.probe_bound(A, labels, 3)[2] == pytest.approx(left[1].sum())
 
 
 def test_loss_is_a_matrix_factorisation():
@@ -529,7 +529,7 @@ def test_counterexample_smaller_singular_values_and_a_worse_probe():
     P, pairs = joint.sum(-1), co.short_contexts()
     A = {name: cooccurrence(P, pairs[name]) for name in ("ar", "mlm(2)")}
     labels = {name: cooccurrence(joint, [(S, 6, w) for S, _, w in pairs[name]]) for name in A}
-    bounds = {name: co.bound(A[name], labels[name], 3)[1] for name in A}
+    bounds = {name: co.probe_bound(A[name], labels[name], 3)[1] for name in A}
     errors = co.classification(joint, P)
     assert verdict(*(spectrum(A[name]) for name in ("mlm(2)", "ar"))) == "E"
     assert (bounds["mlm(2)"], bounds["ar"]) == pytest.approx((.371, .868), abs=6e-4)
@@ -569,7 +569,7 @@ def test_counterexample_mixing_is_not_elementwise():
 
 def test_counterexample_dar_raises_the_disagreement_of_labels():
     joint = language()
-    phi = [co.bound(cooccurrence(joint.sum(-1), pairs), cooccurrence(joint, [((0, 1), 6, 1)]), 3)[0]
+    phi = [co.probe_bound(cooccurrence(joint.sum(-1), pairs), cooccurrence(joint, [((0, 1), 6, 1)]), 3)[0]
            for pairs in (ar(6, [2]), dar(6, [2], 4))]
     assert phi == pytest.approx([.434, .475], abs=6e-4)
 

@@ -308,7 +308,7 @@ def test_bpe_is_trained_on_the_training_split_of_every_source(tmp_path, monkeypa
     texts = [" ".join(str(i * j) for j in range(20)) for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "b.jsonl", texts[::-1])
-    half = documents.Split(0.5)
+    half = documents.SplitRule(0.5)
     sample = "".join(documents.vocabulary_text([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], half))
     train = [text for text in texts if not documents.document_is_val(text, 0.5)]
     assert sample == "".join(train)[:1000] + "".join(train[::-1])[:1000]
@@ -664,7 +664,7 @@ def test_bad_lines_are_named_counted_and_left_out(tmp_path, monkeypatch, capsys)
     for i, (line, (_, reason)) in enumerate(zip(err[:5], bad)):
         assert line.startswith(f"skipped {tmp_path}/a.jsonl:{3 * i + 4}: {reason}")
     report = []
-    half = documents.Split(0.5)
+    half = documents.SplitRule(0.5)
     assert list(documents.pieces([str(tmp_path / "a.jsonl")], half, report.append)) and len(report) == 10
     assert all(reason in str(error) and "\n" not in str(error) for error, (_, reason) in zip(report, bad))
     assert meta["skipped"] == 10 and sum(split["documents"] for split in meta["splits"].values()) == 30

@@ -292,7 +292,7 @@ def library():
 
 def test_builtin_tasks_never_share_a_file_between_train_and_test():
     files = library()
-    for make in glue_data.STDLIB.values():
+    for make in glue_data.BUILT_IN.values():
         task = make(files)
         of_test = {text for _, text in files if documents.document_is_val(text, data.VAL_FRACTION["stdlib"])}
         for example in task.train.examples:

@@ -130,7 +130,7 @@ def test_english_numbers_are_those_of_the_older_file():
     # The table: each cell is a mean [least, greatest] of its column's objective
     head, *rows = table_rows(section("docs/RESULTS.md", "English"))
     for objective, column in zip(head[1:], list(zip(*rows))[1:]):
-        known = {report.spread(found) for found in values[objective].values() if len(found)}
+        known = {report.mean_and_range(found) for found in values[objective].values() if len(found)}
         assert set(column) - {""} <= known, f"{objective}: {set(column) - {''} - known}"
 
     # The verdicts: paired ratios of perplexities and their change in percent, differences of probes in points

@@ -19,7 +19,7 @@ import tokenizer
 import sample
 from common import load_checkpoint, save_checkpoint, save_config
 from model import Config, Transformer
-from sample import draw, encode_beginning, fill, generate, infill_ids
+from sample import draw_tokens, encode_beginning, fill, generate, infill_ids
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROMPT = [3, 1, 4, 1, 5]
@@ -73,16 +73,16 @@ def test_draws_follow_the_softmax(temperature, top_k):
     if top_k:
         p[p < p.sort(descending=True).values[:top_k][-1]] = 0
     n = 40_000
-    tokens = draw(logits.expand(n, 20), temperature, top_k, torch.Generator().manual_seed(2))
+    tokens = draw_tokens(logits.expand(n, 20), temperature, top_k, torch.Generator().manual_seed(2))
     chi_square(tokens.bincount(minlength=20).float(), n * p / p.sum())
 
 
 def test_temperature_0_and_top_k_1_are_the_argmax():
     logits = torch.randn(500, 30)
-    assert draw(logits, temperature=0).equal(logits.argmax(dim=-1))
-    assert draw(logits, temperature=5.0, top_k=1).equal(logits.argmax(dim=-1))
+    assert draw_tokens(logits, temperature=0).equal(logits.argmax(dim=-1))
+    assert draw_tokens(logits, temperature=5.0, top_k=1).equal(logits.argmax(dim=-1))
     for temperature in (1e-320, 1e-7, 1e-5):        # no overflow, no division by 0
-        assert draw(logits * 1000, temperature).equal(logits.argmax(dim=-1))
+        assert draw_tokens(logits * 1000, temperature).equal(logits.argmax(dim=-1))
 
 # -----------------------------------------------------------------------------
 # Causal models
@@ -167,10 +167,10 @@ def test_fill_may_leave_the_later_masks():
     mask = model.config.mask_token
     ids = [3, mask, 1, mask, mask, 5, mask]
     for order in ("left", "confidence"):
-        filled = fill(model, ids, draw, order, n=2)
+        filled = fill(model, ids, draw_tokens, order, n=2)
         assert [k for k in range(7) if filled[k] == mask] == [4, 6]
         assert [filled[k] for k in (0, 2, 5)] == [3, 1, 5]
-        assert mask not in fill(model, ids, draw, order)
+        assert mask not in fill(model, ids, draw_tokens, order)
 
 
 def test_long_text_slides():
@@ -231,7 +231,7 @@ def test_only_text_ids_are_emitted(causal):
     ids = generate(model, PROMPT, 1000, temperature=50.0, generator=generator)
     ids += generate(model, PROMPT, 1000, temperature=50.0, top_k=64, generator=generator)
     hidden = model.features(torch.tensor([PROMPT]))[0, -1]
-    ids += draw(model.logits(hidden).expand(20_000, 64), 50.0, generator=generator).tolist()
+    ids += draw_tokens(model.logits(hidden).expand(20_000, 64), 50.0, generator=generator).tolist()
     assert set(ids) == set(range(50))         # every id of text, but not [MASK] = 50 nor padding 51 .. 63
 
 
@@ -401,7 +401,7 @@ def test_infill(checkpoints, gap_tokens):
     pieces = [encoding.encode_ordinary(piece) for piece in ("é = ", ".__init__(", ")")]
     assert ids == gap + pieces[0] + gap + pieces[1] + gap + pieces[2] + gap
     for order, steps in [("left", None), ("confidence", 2)]:
-        filled = fill(model, ids, draw, order, steps)
+        filled = fill(model, ids, draw_tokens, order, steps)
         assert all(new < mask if old == mask else new == old for new, old in zip(filled, ids))
         assert len(filled) == len(ids)
 
