@@ -14,7 +14,7 @@ constants. The default language was chosen out of some twenty settings because t
 there. Where the claim fails is printed beside it. spectrum.py measures the same singular values in
 trained models.
 
-    python cooccurrence.py                          # five parts, no data needed, about 10 seconds
+    python cooccurrence.py                          # five parts, no data needed, about 15 seconds
     python cooccurrence.py --part 3                 # one of them
     python cooccurrence.py --plot theory.png        # all of them, and a figure (needs matplotlib)
 """

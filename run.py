@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -389,6 +390,7 @@ def one_line_stop():
 
     def stop(number, frame):
         numbers.append(number)
+        warnings.simplefilter("ignore")                     # autograd's, about a backward that was cut short
         sys.exit(128 + number)
 
     # The other processes end at once: Python would not call `stop` while they wait for the first one

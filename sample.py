@@ -156,11 +156,11 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, ord
              generator=None, watch=None):
     """prompt_ids followed by max_new_tokens more ids, a list.
 
-    prompt_ids: a list of at least one id. End-of-text starts a document.
-    model: a Transformer, causal or masked. temperature, top_k: see `draw_tokens`. order
-    ("left", "confidence") and steps (forward passes in all): masked models only, see `fill`. generator: a
-    torch.Generator on the CPU, or None for the global one. watch: called with the ids so far, after every pass.
-    Raises ValueError, one line, for an argument that makes no sense.
+    prompt_ids: a list of at least one id (end-of-text starts a document). model: a Transformer, causal or
+    masked. temperature, top_k: see `draw_tokens`. order ("left", "confidence") and steps (forward passes in
+    all): masked models only, see `fill`. generator: a torch.Generator on the CPU, or None for the global one.
+    watch: called with the ids so far, after every pass. Raises ValueError, one line, for an argument that
+    makes no sense.
     """
     check(model, temperature, top_k, order, steps)
     T = model.config.block_size

@@ -172,8 +172,10 @@ def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
 
 def held_out_text(checkpoint, config, data_dir=None):
     """(validation shards, options) of the run. Raises DataError if the dataset is not the run's."""
-    train = config["train"]
-    data_dir = data_dir or train["data_dir"]
+    train = config.get("train", {})
+    if "dataset" not in train or train.get("objective") not in OBJECTIVES:
+        raise DataError(f"{checkpoint}: its config.json names no dataset, or no objective that exists")
+    data_dir = data_dir or train.get("data_dir", data.DATA_DIR)
     meta, splits = data.load(train["dataset"], data_dir)
 
     # The same name may stand for other text or other tokens

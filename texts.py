@@ -16,7 +16,7 @@ import numpy as np
 
 import data
 import tokenizer
-from common import DataError, fetch, file_sha256, locked, unzip
+from common import DataError, fetch, file_sha256, locked, read_config, unzip
 from documents import read_text
 
 
@@ -48,15 +48,22 @@ def from_file(path, encoding, name=None):
 def validation_split(folder, checkpoint, encoding):
     """The Text of the validation split of the dataset in `folder`. End-of-text parts its documents.
 
-    Raises ValueError, one line, if its tokenizer is not that of the checkpoint (a folder).
+    Raises ValueError, one line, if it is not the dataset that the checkpoint, a folder, was trained on.
     """
     _, splits = data.load(folder.name, str(folder.parent))
+    meta = file_sha256(folder / "meta.json")
     of_dataset = Path(folder, "tokenizer.json").read_text(encoding="utf-8")
     if of_dataset != Path(checkpoint, "tokenizer.json").read_text(encoding="utf-8"):
         raise ValueError(f"the tokenizer of {folder} is not that of {checkpoint}: the dataset was "
                          "prepared again after training")
+
+    # The same tokenizer is not enough: other documents may be val now, some that the model was trained on
+    digests = read_config(checkpoint).get("dataset", {})                # older versions did not write it
+    if digests.get("meta", meta) != meta:
+        raise ValueError(f"{folder} is not the dataset that {checkpoint} was trained on: it was prepared "
+                         "again, or --data_dir names another folder")
     starts = [np.flatnonzero(ids == encoding.eot_token) + 1 for ids in splits["val"]]
-    return Text("val", file_sha256(folder / "meta.json"), splits["val"], starts)
+    return Text("val", meta, splits["val"], starts)
 
 
 WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"

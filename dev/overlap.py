@@ -42,8 +42,11 @@ def overlap(train, val, eot):
 def split_documents(values, ids, eot):
     """Cut values, (n,), one per token, into those of each document, without its end-of-text."""
     starts = np.flatnonzero(ids == eot) + 1
-    parts = zip(np.split(values, starts), np.split(ids, starts))
-    return [part[text != eot] for part, text in parts if len(text)]
+    documents = []
+    for part, text in zip(np.split(values, starts), np.split(ids, starts)):
+        if len(text):                                               # nothing follows the last end-of-text
+            documents.append(part[text != eot])
+    return documents
 
 
 def gram_hashes(ids):
@@ -71,10 +74,11 @@ def print_overlap(name, data_dir, shown=15):
     order = np.argsort(-shares, kind="stable")
     for i in order[:shown]:
         share = f"{shares[i]:.1%}"
-        print(share.rjust(5), f"{tokens[i]:,}".rjust(8), "", names[i])
+        size = f"{tokens[i]:,}"
+        print(share.rjust(5), size.rjust(8), "", names[i])
 
-    share = np.concatenate(copied).mean()
-    print(f"\nall {len(copied)} documents: {share:.1%} of the tokens")
+    total = np.concatenate(copied).mean()
+    print(f"\nall {len(copied)} documents: {total:.1%} of the tokens")
     for limit in (0.5, 0.2):
         above = shares > limit
         documents = f"{above.sum()} ({above.mean():.1%})"

@@ -25,7 +25,7 @@ import data
 import eval_ppl
 import texts
 import tokenizer
-from common import load_checkpoint, save_checkpoint, save_config
+from common import file_sha256, load_checkpoint, save_checkpoint, save_config
 from documents import read_text
 from model import Config, Transformer
 from objectives import OBJECTIVES, Options
@@ -556,7 +556,7 @@ def test_bad_input_is_refused_in_one_line(work, capsys, flags, message):
 
 def test_val_is_the_validation_split(work, capsys):
     """Of the dataset that the checkpoint names, in its data_dir;
-    refused if that has another tokenizer by now.
+    refused if that has another tokenizer or other documents by now.
     """
     for i in range(40):
         (work / f"{i}.txt").write_text(f"Document {i}. " + "a b c d e " * 10)
@@ -580,7 +580,16 @@ def test_val_is_the_validation_split(work, capsys):
     mean, se = eval_ppl.ratio(nats, tokens)
     assert (report["all"]["nats_per_token"], report["all"]["nats_per_token_se"]) == pytest.approx((mean, se))
     assert sum(report["tokens"]["4"]) == sum(report["documents"]["windows"]) == len(rows)
+
+    # The same tokenizer, but training saw other documents
     capsys.readouterr()
+    config = json.loads(Path("out/vlm/config.json").read_text())
+    for digest, refused in [(file_sha256("sets/toy/meta.json"), False), ("0" * 64, True)]:
+        Path("out/vlm/config.json").write_text(json.dumps({**config, "dataset": {"meta": digest}}))
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+            eval_ppl.main(["--checkpoint", "out/vlm", "--val", "--max_windows", "1"])
+        assert ("toy is not the dataset that" in capsys.readouterr().err) == refused
+
     tokenizer.save_tokenizer("gpt2", "sets/toy")
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/vlm", "--val"])

@@ -407,3 +407,9 @@ def test_another_dataset_of_the_same_name_is_refused(run_folder, tmp_path, capsy
     with pytest.raises(SystemExit) as stop:
         spectrum.main(["--checkpoint", str(run_folder / "random"), "--data_dir", str(tmp_path / "data")])
     assert stop.value.code == 2 and "is not the dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("train", [{}, {"dataset": "toy"}, {"dataset": "toy", "objective": "of another version"}])
+def test_a_checkpoint_that_does_not_say_how_it_was_trained_is_refused(train):
+    with pytest.raises(common.DataError, match="names no dataset, or no objective"):
+        spectrum.held_out_text("out/x", {"model": {}, "train": train})
