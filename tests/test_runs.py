@@ -319,6 +319,20 @@ def test_a_signal_while_the_model_is_compiled_is_one_line(data_dir, tmp_path, nu
 
 
 @pytest.mark.slow
+def test_a_signal_in_a_traced_backward_is_one_line():
+    """torch.compile traces the backward pass with anomaly detection on: it warns when that is cut short."""
+    code = ("import os, signal, torch; from run import one_line_stop\n"
+            "with one_line_stop(), torch.autograd.detect_anomaly(check_nan=False):\n"
+            "    x = torch.ones(2, requires_grad=True).exp()\n"
+            "    x.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGTERM))\n"
+            "    x.sum().backward()\n")
+    done = subprocess.run([sys.executable, "-W", "ignore:Anomaly", "-c", code],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr == "stopped by SIGTERM\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_does_not_wait_for_a_long_validation(data_dir, tmp_path, processes):
     """The validation takes a minute, and torchrun kills 30 s after SIGTERM."""
