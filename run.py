@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -390,7 +389,6 @@ def one_line_stop():
 
     def stop(number, frame):
         numbers.append(number)
-        warnings.simplefilter("ignore")                     # autograd's, about a backward that was cut short
         sys.exit(128 + number)
 
     # The other processes end at once: Python would not call `stop` while they wait for the first one
@@ -399,11 +397,28 @@ def one_line_stop():
         with handler(stop if first else signal.SIG_DFL):
             yield
     except SystemExit:
+        if numbers and dist.is_initialized():               # its threads would abort at Python's own end
+            end_at_once(numbers[0])
         if numbers:
-            print(f"stopped by {signal.Signals(numbers[0]).name}", file=sys.stderr, flush=True)
-            if dist.is_initialized():                       # its threads would abort at Python's own end
-                os._exit(128 + numbers[0])
+            say_signal(numbers[0])
         raise
+
+
+def end_at_once(number, frame=None):
+    """End the process as one_line_stop does, but without an exception, so nothing is cleaned up.
+
+    Where library code runs, the exception may get lost (Python ignores those in the callback of a weak
+    reference, of which torch.compile has thousands), or that code may warn about it.
+    """
+    with output_may_close():
+        sys.stdout.flush()
+    say_signal(number)
+    os._exit(128 + number)
+
+
+def say_signal(number):
+    """The one line of a process that is stopped, on stderr."""
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -460,10 +475,12 @@ def pick_compile(args, step_flops):
 def compiled(model, batch):
     """The model under torch.compile, tried on one batch. If that fails, says so and returns the model."""
     start = time.time()
+    rank, _ = rank_and_world()
     say("compiling (a second run finds it in the cache) ...")
     try:
         fast = torch.compile(model)
-        fast(*batch).backward()
+        with handler(end_at_once if rank == 0 else signal.SIG_DFL):
+            fast(*batch).backward()
         say(f"compiled in {time.time() - start:.0f} s")
     except Exception as error:      # no compiler, a compiler that fails, an unsupported platform: many kinds
         reason = (str(error) or repr(error)).splitlines()[0]
