@@ -4,6 +4,7 @@ From the results of runs to differences, errors, tables and figures: what compar
     python report.py results/objectives.json                                # all that it measured
     python report.py results/objectives.json --against ar mlm --rows "perplexity"       # some rows
     python report.py results/objectives.json --plot claims.png --curves curves.png
+    python report.py results/few.json --rows "perplexity, all$|chi2$" --budgets passes.png
 
     runs    {setting: {seed: run}}, and run["measurements"] is {measurement: numbers}, as in compare.json
     tests   {name: contents} of the test sets, which the measurements refer to
@@ -308,6 +309,8 @@ def all_runs(runs):
 # -----------------------------------------------------------------------------
 # Tables, in Markdown
 
+WIDE = 6                    # settings: more columns do not fit on a page
+
 def show(runs, differences, rows=""):
     """Print both tables. rows: a regular expression, only the measurements that it finds."""
     seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
@@ -320,13 +323,12 @@ def show(runs, differences, rows=""):
 
 
 def table(runs, rows=""):
-    """One column per setting: mean over the seeds [least, greatest]. rows: see `show`."""
-    names = {}                                      # a set that keeps the order
-    for run in all_runs(runs):
-        names |= dict.fromkeys(name for name in run["measurements"] if re.search(rows, name))
+    """One column per setting: mean over the seeds [least, greatest]. rows: see `show`.
 
+    Many settings are too wide for a page, they get one row each.
+    """
     lines = [["", *runs]]
-    for name in names:
+    for name in measurement_names(runs, rows):
         row = [name]
         for by_seed in runs.values():
             found = [run["measurements"].get(name) for run in by_seed.values()]
@@ -334,7 +336,17 @@ def table(runs, rows=""):
             digits = 3 if name.startswith(f"{SPECTRUM}s_") else 1
             row.append(mean_and_range(values, digits) if values else "-")
         lines.append(row)
+    if len(runs) > WIDE:
+        lines = list(zip(*lines))
     return markdown(lines)
+
+
+def measurement_names(runs, rows=""):
+    """The names of all measurements that a regular expression finds, in order, a list."""
+    names = {}                                      # a set that keeps the order
+    for run in all_runs(runs):
+        names |= dict.fromkeys(name for name in run["measurements"] if re.search(rows, name))
+    return list(names)
 
 
 def mean_and_range(values, digits=1):
@@ -444,6 +456,36 @@ def plot_curves(runs, path):
     axes.set(xlabel="tokens seen (millions)", ylabel="validation loss (nats per scored token)",
              title="Each objective's own loss")
     label_ends(axes, ends)
+    save_figure(figure, path)
+
+
+def plot_budgets(runs, rows, path):
+    """Measurements by the tokens that a run has seen in all, one panel each.
+
+    Settings that differ in nothing but --max_iters become one line. rows: see `show`.
+    """
+    from matplotlib.figure import Figure
+
+    # {setting without its length: {(setting, seed): run}}
+    lines = {}
+    for setting, by_seed in runs.items():
+        words = re.sub(r" --max_iters \S+", "", setting)
+        for seed, run in by_seed.items():
+            lines.setdefault(words, {})[setting, seed] = run
+
+    # One panel per measurement
+    names = measurement_names(runs, rows)
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, axes in zip(names, panels):
+        def point(run):
+            measured = run["measurements"].get(name)
+            return [(run["curve"][-1][0] / 1e6, measured["value"])] if measured else []
+
+        ends = draw_curves(lines, axes, point)
+        axes.set(xscale="log", xlabel="tokens seen in all (millions)", title=name)
+        plain_numbers(axes.xaxis)
+        label_ends(axes, ends)
     save_figure(figure, path)
 
 
@@ -575,6 +617,8 @@ def build_parser():
     p.add_argument("--rows", default="", metavar="REGEX", help="only measurements whose names match")
     p.add_argument("--plot", metavar="FILE", help="draw perplexity by prompt length and probe gains")
     p.add_argument("--curves", metavar="FILE", help="draw validation loss by tokens seen")
+    p.add_argument("--budgets", metavar="FILE",
+                   help="draw the measurements by tokens seen in all, a line where only --max_iters differs")
     return p
 
 
@@ -607,6 +651,7 @@ def main(argv=None):
     with one_line_errors():
         check_plot(args.plot)
         check_plot(args.curves)
+        check_plot(args.budgets)
         runs, tests = read(args.file, args.runs)
         against = args.against or list(runs)[:1]
         unknown = [name for name in against if name not in runs]
@@ -618,11 +663,15 @@ def main(argv=None):
             raise DataError(f"--rows {args.rows!r} is not a regular expression: {error}") from None
 
         keep(runs, args.rows)
+        if not measurement_names(runs):
+            raise DataError(f"--rows {args.rows!r} finds no measurement in {args.file}")
         show(runs, find_differences(runs, tests, against), args.rows)
         if args.plot:
             plot(runs, tests, args.plot)
         if args.curves:
             plot_curves(runs, args.curves)
+        if args.budgets:
+            plot_budgets(runs, args.rows, args.budgets)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,41 @@ def test_figures_need_the_file_only(finished):
     assert Path("a.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in Path("b.svg").read_bytes()
 
 
+def test_many_settings_get_a_row_each():
+    def run(value):
+        return {"0": {"measurements": {"perplexity, all": {"value": value}, "spectrum: s_2": {"value": 0.5}}}}
+
+    six = cells(report.table({f"mlm {i}": run(i) for i in range(6)}))
+    seven = cells(report.table({f"mlm {i}": run(i) for i in range(7)}))
+    assert six[0][1:] == [f"mlm {i}" for i in range(6)] and len(six) == 4
+    assert seven[0] == ["", "perplexity, all", "spectrum: s_2"] and len(seven) == 9
+    assert seven[-1][:2] == ["mlm 6", "6.0 [6.0, 6.0]"] and seven[-1][2].startswith("0.500")
+
+
+def test_budgets_are_one_line_where_only_the_length_differs(monkeypatch):
+    """Three lengths of ar, one with another weight decay, and vlm, with two seeds: values = 100 * length + seed."""
+    pytest.importorskip("matplotlib")
+    saved = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: saved.append(figure))
+
+    def by_seed(updates, names):
+        return {seed: {"curve": [[0, 9], [updates * 10 ** 6, 5]],
+                       "measurements": {name: {"value": 100 * updates + int(seed)} for name in names}}
+                for seed in "02"}
+
+    both = ["perplexity, all", "spectrum: chi2"]
+    runs = {"ar --max_iters 2": by_seed(2, both), "ar": by_seed(4, both), "ar --max_iters 1": by_seed(1, both),
+            "ar --weight_decay 1 --max_iters 2": by_seed(2, both), "vlm --max_iters 2": by_seed(2, both[:1])}
+    report.plot_budgets(runs, "all$|chi2$", "x.png")
+    [figure] = saved
+    left, right = figure.axes
+    assert [left.get_title(), right.get_title()] == both
+    assert sorted(text.get_text() for text in left.texts) == ["ar", "ar --weight_decay 1", "vlm"]
+    assert [line.get_xydata().tolist() for line in left.lines] == [
+        [[1, 101], [2, 201], [4, 401]], [[2, 201]], [[2, 201]]]
+    assert len(right.lines) == 2
+
+
 def test_spectra_are_compared_by_their_ratio_and_by_seeds_alone(finished):
     saved = json.loads(Path("saved.json").read_text())
     name = "spectrum: chi2"
@@ -83,6 +118,7 @@ def test_bad_input_is_one_line_and_exit_2(finished, capsys):
     assert "no setting 'vlm'" in refused(capsys, "--runs", "vlm")
     assert "not one of: ar" in refused(capsys, "--against", "vlm")
     assert "regular expression" in refused(capsys, "--rows", "(")
+    assert "'bleu' finds no measurement" in refused(capsys, "--rows", "bleu")
     Path("saved.json").write_text("[]")
     assert "not written by compare.py" in refused(capsys)
     Path("saved.json").unlink()
