@@ -210,6 +210,7 @@ def resample_run(run, tests):
 MATCHED = ", masks as in training"
 UNIGRAM = "perplexity, word frequencies alone"
 SPECTRUM = "spectrum: "
+RATIOS = ("perplexity", SPECTRUM)       # measurements that are compared by their ratio begin so
 BASELINES = {"embeddings": "its input embeddings", "untrained": "before training"}
 
 
@@ -370,7 +371,7 @@ def difference_table(differences):
 
         # Logarithms become a ratio, points stay points
         sign, unit, digits, scale = "-", "points", 1, 1.0
-        if found["measurement"].startswith(("perplexity", SPECTRUM)):
+        if found["measurement"].startswith(RATIOS):
             sign, unit, digits = "/", "ratio", 3
             mean, least, greatest = np.exp([mean, least, greatest])
             scale = mean                            # of an error: d exp(x) = exp(x) dx
@@ -473,19 +474,28 @@ def plot_budgets(runs, rows, path):
         for seed, run in by_seed.items():
             lines.setdefault(words, {})[setting, seed] = run
 
-    # One panel per measurement
+    # One panel per measurement, two side by side
     names = measurement_names(runs, rows)
-    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    high = math.ceil(len(names) / 2)
+    wide = min(len(names), 2)
+    figure = Figure(figsize=(5.5 * wide, 3.6 * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).flat
     for name, axes in zip(names, panels):
         def point(run):
             measured = run["measurements"].get(name)
             return [(run["curve"][-1][0] / 1e6, measured["value"])] if measured else []
 
-        ends = draw_curves(lines, axes, point)
+        draw_curves(lines, axes, point)
         axes.set(xscale="log", xlabel="tokens seen in all (millions)", title=name)
         plain_numbers(axes.xaxis)
-        label_ends(axes, ends)
+        if name.startswith(RATIOS):
+            axes.set(yscale="log")
+            plain_numbers(axes.yaxis)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    # One legend, as lines that end anywhere leave no room for names at their ends
+    legend = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 
 
@@ -511,7 +521,7 @@ def draw_curves(runs, axes, points):
         mean = [np.mean(curve[x]) for x in xs]
         colour = style(i)["color"]
         axes.fill_between(xs, lowest, highest, alpha=0.2, linewidth=0, color=colour)
-        axes.plot(xs, mean, **style(i))
+        axes.plot(xs, mean, label=setting, **style(i))
         ends.append((xs[-1], mean[-1], setting, colour))
     return ends
 

@@ -82,7 +82,7 @@ def test_budgets_are_one_line_where_only_the_length_differs(monkeypatch):
     [figure] = saved
     left, right = figure.axes
     assert [left.get_title(), right.get_title()] == both
-    assert sorted(text.get_text() for text in left.texts) == ["ar", "ar --weight_decay 1", "vlm"]
+    assert [line.get_label() for line in left.lines] == ["ar", "ar --weight_decay 1", "vlm"]
     assert [line.get_xydata().tolist() for line in left.lines] == [
         [[1, 101], [2, 201], [4, 401]], [[2, 201]], [[2, 201]]]
     assert len(right.lines) == 2
