@@ -407,9 +407,10 @@ def collect(run, args, tests):
         if result is None:
             raise ValueError(f"{run.folder}: no result of: python {shlex.join(words)}")
         measurements |= report.READERS[words[0]](result, tests)
+    curve = report.read_curve(run.folder / "log.jsonl")
+    measurements |= report.own_loss(curve)
     return {"folder": str(run.folder), "step": state["step"], "weights": weights,
-            "dataset": config.get("dataset"), "measurements": measurements,
-            "curve": report.read_curve(run.folder / "log.jsonl")}
+            "dataset": config.get("dataset"), "measurements": measurements, "curve": curve}
 
 # -----------------------------------------------------------------------------
 # Command line

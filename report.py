@@ -209,6 +209,7 @@ def resample_run(run, tests):
 
 MATCHED = ", masks as in training"
 UNIGRAM = "perplexity, word frequencies alone"
+OWN_LOSS = "validation loss, own objective"
 SPECTRUM = "spectrum: "
 RATIOS = ("perplexity", SPECTRUM)       # measurements that are compared by their ratio begin so
 BASELINES = {"embeddings": "its input embeddings", "untrained": "before training"}
@@ -281,6 +282,11 @@ def read_curve(path):
     return curve
 
 
+def own_loss(curve):
+    """The last validation loss of a run as a measurement. Compare it along one objective only."""
+    return {OWN_LOSS: {"value": curve[-1][1]}} if curve else {}
+
+
 def probe_name(row):
     """Whatever makes two rows of one task differ: "RTE, accuracy, mean, layer 2, 500 examples"."""
     parts = [row["task"], row["metric"], row["pool"]]
@@ -334,7 +340,7 @@ def table(runs, rows=""):
         for by_seed in runs.values():
             found = [run["measurements"].get(name) for run in by_seed.values()]
             values = [measured["value"] for measured in found if measured]
-            digits = 3 if name.startswith(f"{SPECTRUM}s_") else 1
+            digits = 3 if name.startswith((f"{SPECTRUM}s_", OWN_LOSS)) else 1
             row.append(mean_and_range(values, digits) if values else "-")
         lines.append(row)
     if len(runs) > WIDE:
@@ -643,6 +649,8 @@ def read(path, settings):
     missing = [name for name in settings or [] if name not in runs]
     if missing:
         raise DataError(f"{path} has no setting {missing[0]!r}, only: {', '.join(runs)}")
+    for run in all_runs(runs):
+        run["measurements"] |= own_loss(run.get("curve"))
     return {name: runs[name] for name in settings or runs}, tests
 
 
