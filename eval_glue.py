@@ -9,8 +9,8 @@ fine-tuning.
     python eval_glue.py --checkpoint out/vlm --tasks stdlib --layer best --by_length
     python eval_glue.py --checkpoint out/vlm --tasks RTE --finetune --lr 3e-4 1e-3
 
-Text -> token ids (two texts: a <end-of-text> b) -> the model's hidden states, frozen -> pooled over
-the tokens, one vector per example -> linear probe (probe.py) -> metric on dev.
+Text -> token ids -> the model's hidden states, frozen -> pooled over the tokens, one vector per
+example (features.py) -> linear probe (probe.py) or fine-tuning (finetune.py) -> metric on dev.
 
 Each number is printed with three baselines: what guessing the most frequent class gives, the same
 probe on the model before training, and the same probe on its trained token embeddings alone, without
@@ -29,7 +29,6 @@ are over test examples (there: files), by bootstrap. Models that differ only in 
 more.
 """
 import argparse
-import copy
 import json
 import math
 import shlex
@@ -39,20 +38,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (Help, add_device_flags, align, load_checkpoint, one_line_errors, pick_device,
                     pick_dtype, read_result, result_path, write_result)
-from glue_data import GLUE, METRICS, STDLIB, bootstrap, load_task, require
+from features import extract, tokenize
+from finetune import LEARNING_RATES, finetune_seeds
+from glue_data import GLUE, METRICS, STDLIB, bootstrap, limit, load_task, require
 from model import Transformer
-from probe import held_out, probe
+from probe import probe
 from tokenizer import load_tokenizer
-
-# --finetune: right for models of a few million parameters. Published recipes for BERT's size and
-# above, 1e-5 to 8e-5, lie all below: --lr 1e-5 2e-5 4e-5 8e-5
-LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3]
-BATCH_TOKENS = 16384                        # padded tokens per forward pass
 
 # -----------------------------------------------------------------------------
 # One checkpoint on one task
@@ -78,7 +72,8 @@ def evaluate(model, encoding, task, args):
         fits = finetune_all(model, task, encoding.eot_token, pools, args)
     else:
         fits = probe_all(model, task, encoding.eot_token, pools, args)
-    majority = Fit([np.full(len(split.y), guess(task)) for split in task.dev.values()], {})
+    constant = guess(task)
+    majority = Fit([np.full(len(split.y), constant) for split in task.dev.values()], how={})
 
     # 3. Score
     rows = []
@@ -86,8 +81,9 @@ def evaluate(model, encoding, task, args):
         by_source["majority"] = majority
         for metric in task.metrics:
             for number, (name, split) in enumerate(task.dev.items()):
-                row = {"task": f"{task.name} {name}".strip(), "metric": metric, "pool": pool_kind,
-                       "layer": args.layer, "directions": directions, **protocol(args),
+                row = {"task": test_name(task, name), "metric": metric,
+                       "pool": pool_kind, "layer": args.layer, "directions": directions,
+                       **protocol(args),
                        "n_train": len(task.train.y), "n_dev": len(split.y),
                        "malformed": task.malformed, "cut": cut}
                 for source, fit in by_source.items():
@@ -118,8 +114,9 @@ def probe_all(model, task, eot, pools, args):
             tests = [extract(network, split.examples, eot, layer, pools)
                      for split in task.dev.values()]
             for (kind, k), by_source in fits.items():
-                predictions, how = probe(train[kind], task.train.y, task.train.groups,
-                                         [test[kind] for test in tests], len(task.classes), metric, k)
+                predictions, how = probe(
+                    train[kind], task.train.y, task.train.groups, [test[kind] for test in tests],
+                    len(task.classes), metric, directions=k)
                 best = by_source.get(source)
                 if best is None or how["held_out"] > best.how["held_out"]:
                     by_source[source] = Fit(predictions, {**how, "layer": layer})
@@ -128,9 +125,12 @@ def probe_all(model, task, eot, pools, args):
 
 def finetune_all(model, task, eot, pools, args):
     """{(pooling, None): {"model": Fit, "untrained": Fit}} of fine-tuning."""
-    return {(kind, None): {"model": finetune_seeds(model, task, eot, kind, args),
-                           "untrained": finetune_seeds(untrained(model), task, eot, kind, args)}
-            for kind in pools}
+    fits = {}
+    for kind in pools:
+        fits[kind, None] = {}
+        for source, network in [("model", model), ("untrained", untrained(model))]:
+            fits[kind, None][source] = Fit(*finetune_seeds(network, task, eot, kind, args))
+    return fits
 
 
 def untrained(model):
@@ -146,217 +146,6 @@ def untrained(model):
 def guess(task):
     """The most frequent class of the training split, or the mean score."""
     return np.bincount(task.train.y).argmax() if task.classes else task.train.y.mean()
-
-
-def limit(task, n):
-    """The task with at most n training examples (all if n is 0), the same in every run."""
-    train = task.train
-    chosen = np.random.default_rng(0).permutation(len(train.y))[:n or None]
-    return task._replace(train=subset(train, np.sort(chosen)))
-
-
-def subset(split, index):
-    return split._replace(examples=[split.examples[i] for i in index], y=split.y[index],
-                          groups=split.groups[index])
-
-# -----------------------------------------------------------------------------
-# Text -> token ids -> features
-
-def tokenize(task, encoding, T):
-    """(the task with lists of token ids as examples, number of examples cut to T tokens)."""
-    total = 0
-    splits = {}
-    for name, split in {"train": task.train, **task.dev}.items():
-        rows, cut = encode(encoding, split.examples, T, task.half)
-        splits[name] = split._replace(examples=rows)
-        total += cut
-    train = splits.pop("train")
-    return task._replace(train=train, dev=splits), total
-
-
-def encode(encoding, examples, T, half=0):
-    """(token ids of each example, a list of int lists of length 1..T; how many were cut to fit).
-
-    A pair is a <end-of-text> b. What is too long loses its end; of a pair, the longer of the two
-    does. With `half`, a pair is the last `half` tokens of a and the first `half` of b.
-    """
-    columns = [encoding.encode_ordinary_batch(list(column)) for column in zip(*examples)]
-    rows, n_cut = [], 0
-    for texts in zip(*columns):
-        if len(texts) == 1:
-            n_cut += len(texts[0]) > T
-            rows.append(texts[0][:T] or [encoding.eot_token])
-            continue
-
-        # Where the two texts meet
-        a, b = texts
-        if half:
-            kept = min(half, (T - 1) // 2)
-            a, b = a[-kept:], b[:kept]
-
-        # Cut the longer one, or both to equal halves
-        room = T - 1
-        n_cut += len(a) + len(b) > room
-        keep_a = max(room - len(b), min(len(a), (room + 1) // 2))
-        keep_b = room - min(len(a), keep_a)
-        rows.append(a[:keep_a] + [encoding.eot_token] + b[:keep_b])
-    return rows, n_cut
-
-
-def batches(lengths, batch_tokens=BATCH_TOKENS):
-    """Yield index arrays that hold at most batch_tokens tokens when padded to their longest; longest
-    first."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    first = 0
-    while first < len(order):
-        n = max(1, batch_tokens // lengths[order[first]])
-        yield order[first:first + n]
-        first += n
-
-
-def collate(rows, eot, device):
-    """Lists of ids -> ids (B, T) int64, padded on the right, and valid (B, T) bool."""
-    lengths = torch.tensor([len(row) for row in rows])
-    valid = torch.arange(int(lengths.max())) < lengths[:, None]             # (B, T)
-    ids = torch.full(valid.shape, eot)
-    ids[valid] = torch.tensor([i for row in rows for i in row])
-    return ids.to(device), valid.to(device)
-
-
-def pool(hidden, valid, kind):
-    """hidden (B, T, C), valid (B, T) -> (B, C) float32: mean or max over the valid positions, or the
-    last of them."""
-    hidden = hidden.float()
-    lengths = valid.sum(dim=1)                                              # (B,)
-    if kind == "mean":
-        return (hidden * valid[:, :, None]).sum(dim=1) / lengths[:, None]
-    if kind == "max":
-        return hidden.masked_fill(~valid[:, :, None], -torch.inf).amax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-
-
-def pooled_features(model, ids, valid, layer, kinds):
-    """{kind: (B, C)} of one batch. Without padding no attention mask is needed, which is faster."""
-    hidden = model.features(ids, None if valid.all() else valid, layer)     # (B, T, C)
-    return {kind: pool(hidden, valid, kind) for kind in kinds}
-
-
-@torch.inference_mode()
-def extract(model, rows, eot, layer, kinds):
-    """{kind: (n, C) float32, on the CPU} of n lists of token ids, in batches of similar length.
-
-    layer: features after that many blocks (None: all).
-    """
-    out = {kind: torch.empty(len(rows), model.config.n_embd) for kind in kinds}
-    device = next(model.parameters()).device
-    lengths = [len(row) for row in rows]
-    with tqdm(total=sum(lengths), unit="tok", unit_scale=True, desc="features", leave=False,
-              disable=None) as bar:
-        for index in batches(lengths):
-            ids, valid = collate([rows[i] for i in index], eot, device)
-            for kind, values in pooled_features(model, ids, valid, layer, kinds).items():
-                out[kind][index] = values.cpu()
-            bar.update(sum(lengths[i] for i in index))
-    return out
-
-# -----------------------------------------------------------------------------
-# Fine-tuning: the whole model
-
-def finetune_seeds(model, task, eot, kind, args):
-    """The Fit of fine-tuning with `--seeds` seeds; its predictions are those of the median seed.
-
-    The learning rate is chosen by the task's first metric on the held-out tenth of the training
-    split, with seed 0.
-    """
-    metric = METRICS[task.metrics[0]]
-    n_classes = len(task.classes)
-    rates = sorted(set(args.lr))
-    train = task.train
-
-    # Choose the learning rate
-    values = []
-    if len(rates) > 1:
-        out = held_out(train.groups)
-        rest, judged = [subset(train, np.flatnonzero(chosen)) for chosen in (~out, out)]
-        for lr in rates:
-            [predicted] = finetune(model, rest, [judged], n_classes, eot, kind, lr, 0, args)
-            values.append(metric(predicted, judged.y))
-    best = best_rate(values) if values else 0
-
-    # Fine-tune on all of the training split
-    dev = list(task.dev.values())
-    by_seed = [finetune(model, train, dev, n_classes, eot, kind, rates[best], seed, args)
-               for seed in range(args.seeds)]
-    order = sorted(range(args.seeds), key=lambda seed: metric(by_seed[seed][0], dev[0].y))
-    median = by_seed[order[(args.seeds - 1) // 2]]
-    how = {"lr": rates[best], "at_edge": len(rates) > 1 and best in (0, len(rates) - 1),
-           "held_out": dict(zip(map(str, rates), values))}
-    return Fit(median, how, by_seed)
-
-
-def best_rate(values):
-    """Index of the largest of the values, one per learning rate in ascending order. Of equal ones
-    that nearest to the middle of the grid: [1, 1, 1, 0] -> 1."""
-    middle = (len(values) - 1) / 2
-    ties = [i for i, value in enumerate(values) if value == max(values)]
-    return min(ties, key=lambda i: abs(i - middle))
-
-
-def finetune(model, train, tests, n_classes, eot, kind, lr, seed, args):
-    """Train a copy of the model and a linear head on it: AdamW, warmup and linear decay.
-
-    train and the members of tests are Splits of token ids. Returns the predictions on each test set.
-    The model itself is left as it is, so every run begins at the checkpoint.
-    """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    device = next(model.parameters()).device
-    model = copy.deepcopy(model).train()
-
-    # The head starts at 0, or at the mean score
-    head = torch.nn.Linear(model.config.n_embd, n_classes or 1).to(device)
-    torch.nn.init.zeros_(head.weight)
-    if not n_classes:
-        torch.nn.init.constant_(head.bias, float(train.y.mean()))
-    target = torch.from_numpy(train.y).to(device)
-    if not n_classes:
-        target = target.float()
-
-    # Batches, epoch after epoch
-    rows, y_size = train.examples, len(train.y)
-    cuts = range(args.batch_size, y_size, args.batch_size)
-    order = [index for _ in range(args.epochs) for index in np.split(rng.permutation(y_size), cuts)]
-
-    # Optimizer: 6 % warmup, then linear decay to 0
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    steps = len(order)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.06 * steps + 1), 1 - step / steps))
-
-    for index in tqdm(order, desc=f"finetune lr {lr:g} seed {seed}", leave=False, disable=None):
-        ids, valid = collate([rows[i] for i in index], eot, device)
-        features = pooled_features(model, ids, valid, args.layer, [kind])[kind]     # (B, C)
-        scores = head(features)                                                     # (B, K)
-        if n_classes:
-            loss = F.cross_entropy(scores, target[index])
-        else:
-            loss = F.mse_loss(scores[:, 0], target[index])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-
-    # Predict
-    predictions = []
-    model.eval()
-    for test in tests:
-        features = extract(model, test.examples, eot, args.layer, [kind])[kind]
-        with torch.inference_mode():
-            scores = head(features.to(device)).cpu()
-        predictions.append((scores.argmax(dim=1) if n_classes else scores[:, 0].double()).numpy())
-    return predictions
 
 # -----------------------------------------------------------------------------
 # Results
@@ -394,7 +183,8 @@ def by_length(by_source, number, split, metric):
         part = {"up_to": int(lengths[inside].max()), "n": int(inside.sum())}
         for source, name in [("model", "value"), ("embeddings", "embeddings")]:
             if source in by_source:
-                part[name] = metric(by_source[source].predictions[number][inside], split.y[inside])
+                predicted = by_source[source].predictions[number]
+                part[name] = metric(predicted[inside], split.y[inside])
         result.append(part)
     return result
 
@@ -403,10 +193,15 @@ def protocol(args):
     """The part of a row that says how it was measured."""
     recipe = None
     if args.finetune:
-        recipe = {"lr": sorted(set(args.lr)), "batch_size": args.batch_size, "epochs": args.epochs,
-                  "seeds": args.seeds}
-    return {"protocol": "finetune" if args.finetune else "probe", "max_train": args.max_train,
-            "finetune": recipe}
+        recipe = {"lr": sorted(set(args.lr)), "batch_size": args.batch_size,
+                  "epochs": args.epochs, "seeds": args.seeds}
+    return {"protocol": "finetune" if args.finetune else "probe",
+            "max_train": args.max_train, "finetune": recipe}
+
+
+def test_name(task, split):
+    """Of a dev set: "RTE", or "MNLI matched" where the task has several."""
+    return f"{task.name} {split}".strip()
 
 
 def test_labels(task):
@@ -415,7 +210,7 @@ def test_labels(task):
     tests = {}
     for name, split in task.dev.items():
         alone = len(np.unique(split.groups)) == len(split.groups)
-        tests[f"{task.name} {name}".strip()] = {
+        tests[test_name(task, name)] = {
             "labels": compact(split.y, task.classes),
             "groups": None if alone else split.groups.tolist()}
     return tests
@@ -597,8 +392,9 @@ def check_model(checkpoint, config, args):
 def load_tasks(args):
     """The tasks that were asked for. All are loaded before any is computed."""
     members = {"glue": GLUE, "stdlib": STDLIB}
-    names = list(dict.fromkeys(name for task in args.tasks or ["glue"]
-                               for name in members.get(task, [task])))
+    names = []
+    for task in args.tasks or ["glue"]:
+        names += [name for name in members.get(task, [task]) if name not in names]
     if args.glue_dir:
         require(names, args.glue_dir)
     glue_dir = args.glue_dir or "data/glue"
@@ -606,57 +402,74 @@ def load_tasks(args):
             for name in names]
 
 
-def run(args, command):
-    """Evaluate the checkpoints one after the other, write their JSON files, print the table."""
-    # Everything that can be missing or wrong comes first
-    check_flags(args)
-    device = pick_device(args.device)
-    loaded = {}                                             # {checkpoint: (model, config, encoding)}
+def load_checkpoints(args, device):
+    """{checkpoint: (model, config, encoding)}. Raises ValueError if one cannot be evaluated."""
+    loaded = {}
     for checkpoint in args.checkpoint:
         model, config = load_checkpoint(checkpoint, device)
         check_model(checkpoint, model.config, args)
         model.dtype = pick_dtype(args.dtype, device)
         loaded[checkpoint] = model, config, load_tokenizer(checkpoint)
-    paths = {checkpoint: result_path(checkpoint, "eval_glue.json", args.results) for checkpoint in loaded}
+    return loaded
+
+
+def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, command):
+    """Evaluate one checkpoint, write its JSON file after every task. Returns its rows."""
+    weights = config["weights"]
+    if path.exists() and read_result(path, weights) is None:
+        print(f"{path} is replaced: it holds results of other weights", flush=True)
+
+    found = []
+    writable = True
+    for task in tasks:
+        # Compute
+        start = time.time()
+        rows, cut = evaluate(model, encoding, task, args)
+        seconds = round(time.time() - start, 1)
+        dtype = str(model.dtype).removeprefix("torch.")
+        for row in rows:
+            row |= {"command": command, "dtype": dtype, "seconds": seconds}
+        found += rows
+
+        # Write. The file is read again each time: another process may have added to it
+        report = {"checkpoint": checkpoint, "step": config["step"], "weights": weights,
+                  "command": command, "results": rows, "tests": test_labels(task)}
+        if writable:
+            writable = write_result(path, merge(read_result(path, weights), report))
+        print(f"{checkpoint}: {task.name}: {progress(rows)} | {len(task.train.y)} training examples, "
+              f"{task.malformed} malformed rows skipped, {cut} texts cut to {model.config.block_size} "
+              f"tokens, {seconds} s", flush=True)
+    return found
+
+
+def run(args, command):
+    """Evaluate the checkpoints one after the other, write their JSON files, print the table."""
+    # Everything that can be missing or wrong comes first
+    check_flags(args)
+    device = pick_device(args.device)
+    loaded = load_checkpoints(args, device)
+    paths = {checkpoint: result_path(checkpoint, "eval_glue.json", args.results)
+             for checkpoint in loaded}
     if len(set(paths.values())) < len(paths):
         raise ValueError("two checkpoints have folders of the same name: --results needs one call for "
                          "each, with another DIR")
     tasks = load_tasks(args)
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan again for each of hundreds of shapes
 
-    # Compute. The file is read again before each writing: another process may have added to it
+    # On a GPU, cuDNN's attention would plan again for each of hundreds of shapes
+    torch.backends.cuda.enable_cudnn_sdp(False)
     columns = {}
-    for checkpoint, (model, config, encoding) in loaded.items():
-        path, weights = paths[checkpoint], config["weights"]
-        if path.exists() and read_result(path, weights) is None:
-            print(f"{path} is replaced: it holds results of other weights", flush=True)
-        columns[checkpoint] = []
-        writable = True
-        for task in tasks:
-            start = time.time()
-            rows, cut = evaluate(model, encoding, task, args)
-            seconds = round(time.time() - start, 1)
-            for row in rows:
-                row |= {"command": command, "dtype": str(model.dtype)[len("torch."):],
-                        "seconds": seconds}
-            columns[checkpoint] += rows
-
-            report = {"checkpoint": checkpoint, "step": config["step"], "weights": weights,
-                      "command": command, "results": rows, "tests": test_labels(task)}
-            if writable:
-                writable = write_result(path, merge(read_result(path, weights), report))
-            print(f"{checkpoint}: {task.name}: {progress(rows)} | {len(task.train.y)} training "
-                  f"examples, {task.malformed} malformed rows skipped, {cut} texts cut to "
-                  f"{model.config.block_size} tokens, {seconds} s", flush=True)
-
+    for checkpoint, parts in loaded.items():
+        columns[checkpoint] = evaluate_checkpoint(checkpoint, *parts, tasks, paths[checkpoint], args,
+                                                  command)
     kind = "fine-tuned, median [range] of seeds" if args.finetune else "linear probe"
     print(f"\n{kind}, percent ± bootstrap standard error\n{table(columns, args.by_length)}")
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        run(args, shlex.join(["python", "eval_glue.py", *(sys.argv[1:] if argv is None else argv)]))
+        run(args, shlex.join(["python", "eval_glue.py", *words]))
 
 
 if __name__ == "__main__":

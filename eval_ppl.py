@@ -30,7 +30,6 @@ wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may
 """
 import argparse
 import math
-import re
 import shlex
 import sys
 import time
@@ -45,11 +44,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import texts
 import tokenizer
-from common import (DataError, Help, add_device_flags, align, check_plot, fetch, file_sha256,
-                    load_checkpoint, locked, one_line_errors, pick_device, pick_dtype, result_path,
-                    save_figure, show_any_character, unzip, write_result)
-from documents import read_text
+from common import (DataError, Help, add_device_flags, align, check_plot, load_checkpoint, one_line_errors,
+                    pick_device, pick_dtype, result_path, save_figure, show_any_character, write_result)
 from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -108,21 +106,26 @@ class Settings(NamedTuple):
 def left_to_right(model, x, settings):
     """-log P(x[k+1] | x[1..k]) for k = 1 .. T-1.
 
-    A masked model needs a forward pass for every k. It is scored at settings.prompt_lengths and at an even
-    sample of all lengths, `samples` per window, which stands for the mean over all.
+    A causal model is scored at all of them in one forward pass. A masked model needs a forward pass for every
+    k: it is scored at settings.prompt_lengths and at an even sample of all lengths, `samples` per window,
+    which stands for the mean over all.
     """
     n, T = x.shape
-    weights = np.zeros((n, T))
-    if model.config.causal:
-        weights[:, 1:] = 1                                      # a window's first token is only read
-        return left_to_right_causal(model, x, settings.batch_size), weights
-
-    # The sample, and the lengths that are asked for
-    lengths = 1 + grid(n, settings.samples, levels=T - 1)       # (n, S), different ones in a row
+    samples = T - 1 if model.config.causal else settings.samples
+    lengths = 1 + grid(n, samples, levels=T - 1)                # (n, S), different ones in a row
+    weights = np.zeros((n, T))                                  # a window's first token is only read
     np.put_along_axis(weights, lengths, (T - 1) / lengths.shape[1], axis=1)
+
     wanted = weights > 0
     wanted[:, list(settings.prompt_lengths)] = True
-    return left_to_right_masked(model, x, wanted, settings.masks, settings.batch_size), weights
+    return next_token(model, x, wanted, settings), weights
+
+
+def next_token(model, x, wanted, settings):
+    """-log P(x[k+1] | x[1..k]) at the wanted tokens, (n, T) bool, by the model's kind."""
+    if model.config.causal:
+        return left_to_right_causal(model, x, settings.batch_size)
+    return left_to_right_masked(model, x, wanted, settings.masks, settings.batch_size)
 
 
 def left_to_right_causal(model, x, batch_size):
@@ -252,6 +255,17 @@ def confidence(model, x, settings):
             inputs = inputs.scatter(1, j, window.gather(1, j))
     return Scores(*out), np.ones((n, T))
 
+def grid(n, samples, levels):
+    """(n, S) of 0 .. levels-1: for each of n windows an even grid of S = min(samples, levels) numbers.
+
+    Number s of window i is floor(levels * (s + u_i) / S), u_i = (u + i*phi) mod 1 with phi the golden ratio:
+    all numbers are equally likely, every window is spread evenly, and so are the windows. S = levels: each
+    exactly once.
+    """
+    S = min(samples, levels)
+    u = spread(Draw(SEED, 0, []).offset, np.arange(n), 2 ** 24) / 2 ** 24              # (n,)
+    return (levels * (np.arange(S) + u[:, None]) / S).astype(np.int64)
+
 # -----------------------------------------------------------------------------
 # The table of definitions. A fifth one goes here.
 
@@ -296,6 +310,12 @@ def masks_after_prompt(suffix, T, most):
     return room
 
 
+def standard_lengths(T):
+    """Prompt lengths 1, 2, 4, ... and T - 1, a list."""
+    powers = {2 ** i for i in range(T.bit_length()) if 2 ** i < T}
+    return sorted(powers | {T - 1})
+
+
 def last_tokens_only(model, x, wanted, m, settings):
     """-log P(x[k+1] | x[k-m+1..k]) at the wanted tokens: only the m tokens before it are visible.
 
@@ -332,15 +352,96 @@ def by_context(model, x, contexts, settings):
     np.put_along_axis(weights, far + grid(n, settings.samples, levels=T - far), 1, axis=1)
     wanted = weights > 0
 
-    out = {m: (last_tokens_only(model, x, wanted, m, settings), weights) for m in contexts}
-    if model.config.causal:
-        scores = left_to_right_causal(model, x, settings.batch_size)
-    else:
-        scores = left_to_right_masked(model, x, wanted, settings.masks, settings.batch_size)
-    return out | {"all": (scores, weights)}
+    out = {m: last_tokens_only(model, x, wanted, m, settings) for m in contexts}
+    out["all"] = next_token(model, x, wanted, settings)
+    return {m: (scores, weights) for m, scores in out.items()}
 
 # -----------------------------------------------------------------------------
 # From scores to numbers
+
+def evaluate(model, x, method, settings, contexts=()):
+    """All that is measured of a model on windows x (n, T): {name: (Scores, weights)}, all of shape (n, T).
+
+    Names: "all", for left-to-right every prompt length k, and "context M" and "context all" for contexts.
+    """
+    scores, weights = METHODS[method].function(model, x, settings)
+    out = {"all": (scores, weights)}
+    for k in settings.prompt_lengths:
+        column = np.zeros(x.shape)
+        column[:, k] = 1                                        # x[k+1], which has k tokens before it
+        out[str(k)] = (scores, column)
+    if contexts:
+        measured = by_context(model, x, contexts, settings)
+        out |= {f"context {m}": result for m, result in measured.items()}
+    return out
+
+
+class Sums(NamedTuple):
+    """Over the scored tokens of each document, (documents,)."""
+    nats: np.ndarray
+    right: np.ndarray
+    tokens: np.ndarray
+
+
+@torch.inference_mode()
+def measure(checkpoint, windows, method, settings, contexts, device):
+    """The part of a report that is measured: sums per document, and the numbers that follow from them."""
+    start = time.time()
+    x = windows.ids[:, 1:]                                      # (n, T)
+    measured = evaluate(checkpoint.model, torch.from_numpy(x).to(device), method, settings, contexts)
+
+    # Bytes and words of the text that is scored
+    n_bytes, n_words = texts.token_sizes(windows.ids, checkpoint.encoding)      # (n, T), (n, T)
+    if METHODS[method].by_prompt:                               # a window's first token is only read
+        n_bytes[:, 0] = 0
+        n_words[:, 0] = 0
+
+    # Sums over each document
+    document, unit = texts.clusters(windows.document)           # (n, T)
+    add_up = partial(sum_by, document)
+    n_bytes = add_up(n_bytes)                                   # (documents,)
+    n_words = add_up(n_words)
+    sums = {}
+    for name, (scores, weights) in measured.items():
+        sums[name] = Sums(nats=add_up(scores.nats * weights), right=add_up(scores.right * weights),
+                          tokens=add_up(weights))
+
+    # Numbers. Bytes and words are those of all positions, so only "all" may be divided by them
+    results = {name: summary(total) for name, total in sums.items()}
+    if checkpoint.ahead == 1 and METHODS[method].code_length:
+        results["all"] = summary(sums["all"], n_bytes, n_words)
+
+    in_window = np.bincount(document[:, 0], minlength=len(n_bytes))
+    return {"windows": len(x), "block_size": x.shape[1], "clusters": unit,
+            "seconds": time.time() - start,
+            "all": results["all"],
+            "prompt_lengths": {str(k): results[str(k)] for k in settings.prompt_lengths},
+            "context": {name.removeprefix("context "): result for name, result in results.items()
+                        if name.startswith("context ")},
+            "unigram": frequencies_alone(checkpoint, x, measured["all"][1]),
+            "documents": {"windows": in_window.tolist(),
+                          "bytes": n_bytes.astype(int).tolist(),
+                          "words": n_words.astype(int).tolist()},
+            "nats": {name: total.nats.tolist() for name, total in sums.items()},
+            "tokens": {name: total.tokens.tolist() for name, total in sums.items()}}
+
+
+def sum_by(document, values):
+    """(documents,): the sum of values, (n, T), over the tokens of each document."""
+    return np.bincount(document.ravel(), values.ravel(), minlength=document.max() + 1)
+
+
+def frequencies_alone(checkpoint, x, weights):
+    """Nats per token of the same tokens by the unigram model of the training tokens, or None.
+
+    "The same": weighted as the model's own scores. So of a masked model, left to right, it is over a sample,
+    and differs a little from that of a causal model on the same text.
+    """
+    if checkpoint.unigram is None:
+        return None
+    nats = float((-checkpoint.unigram[x] * weights).sum() / weights.sum())
+    return {"nats_per_token": nats, "perplexity": math.exp(nats)}
+
 
 def ratio(totals, sizes):
     """sum(totals) / sum(sizes) and its standard error. Both (n,): sums over each of n independent clusters.
@@ -359,13 +460,6 @@ def ratio(totals, sizes):
     if n == 1:
         return r, math.nan
     return r, (totals - r * sizes).std(ddof=1) / (math.sqrt(n) * sizes.mean())
-
-
-class Sums(NamedTuple):
-    """Over the scored tokens of each document, (documents,)."""
-    nats: np.ndarray
-    right: np.ndarray
-    tokens: np.ndarray
 
 
 def summary(sums, n_bytes=None, n_words=None):
@@ -397,232 +491,6 @@ def summary(sums, n_bytes=None, n_words=None):
 def exp(nats):
     return math.exp(min(nats, 700))                             # float64 overflows beyond e^709
 
-
-def grid(n, samples, levels):
-    """(n, S) of 0 .. levels-1: for each of n windows an even grid of S = min(samples, levels) numbers.
-
-    Number s of window i is floor(levels * (s + u_i) / S), u_i = (u + i*phi) mod 1 with phi the golden ratio:
-    all numbers are equally likely, every window is spread evenly, and so are the windows. S = levels: each
-    exactly once.
-    """
-    S = min(samples, levels)
-    u = spread(Draw(SEED, 0, []).offset, np.arange(n), 2 ** 24) / 2 ** 24              # (n,)
-    return (levels * (np.arange(S) + u[:, None]) / S).astype(np.int64)
-
-
-def standard_lengths(T):
-    """Prompt lengths 1, 2, 4, ... and T - 1, a list."""
-    powers = {2 ** i for i in range(T.bit_length()) if 2 ** i < T}
-    return sorted(powers | {T - 1})
-
-
-def evaluate(model, x, method, settings, contexts=()):
-    """All that is measured of a model on windows x (n, T): {name: (Scores, weights)}, all of shape (n, T).
-
-    Names: "all", for left-to-right every prompt length k, and "context M" and "context all" for contexts.
-    """
-    scores, weights = METHODS[method].function(model, x, settings)
-    out = {"all": (scores, weights)}
-    for k in settings.prompt_lengths:
-        column = np.zeros(x.shape)
-        column[:, k] = 1                                        # x[k+1], which has k tokens before it
-        out[str(k)] = (scores, column)
-    if contexts:
-        measured = by_context(model, x, contexts, settings)
-        out |= {f"context {m}": result for m, result in measured.items()}
-    return out
-
-
-@torch.inference_mode()
-def measure(checkpoint, windows, method, settings, contexts, device):
-    """The part of a report that is measured: sums per document, and the numbers that follow from them."""
-    start = time.time()
-    x = windows.ids[:, 1:]                                      # (n, T)
-    measured = evaluate(checkpoint.model, torch.from_numpy(x).to(device), method, settings, contexts)
-
-    # Sums over each document: of the scores, and of the text that is scored
-    document, unit = clusters(windows.document)                 # (n, T)
-    add_up = partial(sum_by, document)
-    sums = {name: Sums(add_up(scores.nats * weights), add_up(scores.right * weights), add_up(weights))
-            for name, (scores, weights) in measured.items()}
-    n_bytes, n_words = token_sizes(windows.ids, checkpoint.encoding)        # (n, T), (n, T)
-    if METHODS[method].by_prompt:                               # a window's first token is only read
-        n_bytes[:, 0] = 0
-        n_words[:, 0] = 0
-    n_bytes = add_up(n_bytes)                                   # (documents,)
-    n_words = add_up(n_words)
-
-    # Numbers. Bytes and words are those of all positions, so only "all" may be divided by them
-    results = {name: summary(total) for name, total in sums.items()}
-    if checkpoint.ahead == 1 and METHODS[method].code_length:
-        results["all"] = summary(sums["all"], n_bytes, n_words)
-
-    return {"windows": len(x), "block_size": x.shape[1], "clusters": unit,
-            "seconds": time.time() - start,
-            "all": results["all"],
-            "prompt_lengths": {name: results[name] for name in results if name.isdigit()},
-            "context": {name[8:]: results[name] for name in results if name.startswith("context ")},
-            "unigram": frequencies_alone(checkpoint, x, measured["all"][1]),
-            "documents": {"windows": np.bincount(document[:, 0], minlength=len(n_bytes)).tolist(),
-                          "bytes": n_bytes.astype(int).tolist(),
-                          "words": n_words.astype(int).tolist()},
-            "nats": {name: total.nats.tolist() for name, total in sums.items()},
-            "tokens": {name: total.tokens.tolist() for name, total in sums.items()}}
-
-
-def frequencies_alone(checkpoint, x, weights):
-    """Nats per token of the same tokens by the unigram model of the training tokens, or None."""
-    if checkpoint.unigram is None:
-        return None
-    nats = float((-checkpoint.unigram[x] * weights).sum() / weights.sum())
-    return {"nats_per_token": nats, "perplexity": math.exp(nats)}
-
-# =============================================================================
-# Behind the scenes: the text, the table, the command line
-# =============================================================================
-
-class Text(NamedTuple):
-    """A text in a checkpoint's vocabulary."""
-    name: str                           # wikitext-2, val, or FILE-DIGEST
-    sha256: str                         # of the text, or of the dataset's meta.json
-    streams: list                       # arrays of token ids
-    starts: list                        # for each stream, where a new document begins: sorted places
-
-
-class Windows(NamedTuple):
-    """n windows of T tokens, each after the one token before it."""
-    ids: np.ndarray                     # (n, 1 + T) int64
-    document: np.ndarray                # (n, T) the number of the document that a token belongs to
-
-
-WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
-WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
-WIKITEXT_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"   # wiki.test.raw
-
-# The title of a WikiText article: with an empty line before and after it. Sections have " = = "
-TITLE = re.compile(r"(?:\A|^ ?\n)( = [^=\n]+ = )\n ?\n", re.MULTILINE)
-
-
-def wikitext(folder):
-    """Path of WikiText-2's raw test split, downloaded to `folder` if it is not there. Raises DataError."""
-    path = Path(folder, "wiki.test.raw")
-    if not path.exists():
-        archive = Path(folder, "wikitext-2-raw-v1.zip")
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        with locked(str(path.parent)):
-            if not path.exists():                           # another process may have been faster
-                fetch(WIKITEXT_URL, str(archive), sha256=WIKITEXT_SHA256)
-                unzip(archive, {"wikitext-2-raw/wiki.test.raw": path})
-                archive.unlink()
-    if file_sha256(path) != WIKITEXT_TEST_SHA256:
-        raise DataError(f"{path} is not the official file: remove it (rm {shlex.quote(str(path))}), "
-                        f"or use it as it is (--text {shlex.quote(str(path))})")
-    return path
-
-
-def read_tokens(args, checkpoint):
-    """The Text that is asked for, in the vocabulary of a LoadedCheckpoint.
-
-    Raises ValueError or OSError, one line.
-    """
-    if args.val:
-        return validation_split(args, checkpoint)
-    path = Path(args.text) if args.text else wikitext(args.wikitext_dir)
-    text = read_text(path)
-    sha256 = file_sha256(path)
-    name = f"{path.stem}-{sha256[:8]}" if args.text else "wikitext-2"
-    ids = tokenizer.encode_text(checkpoint.encoding, text).astype(np.int64)
-    return Text(name, sha256, [ids], [article_starts(text, ids, checkpoint.encoding)])
-
-
-def validation_split(args, checkpoint):
-    """The validation split of the checkpoint's dataset. End-of-text parts its documents."""
-    train = checkpoint.config["train"]
-    folder = Path(args.data_dir or train.get("data_dir", data.DATA_DIR), train["dataset"])
-    _, splits = data.load(folder.name, str(folder.parent))
-    tokenizers = [Path(place, "tokenizer.json").read_text() for place in (folder, checkpoint.path)]
-    if tokenizers[0] != tokenizers[1]:
-        raise ValueError(f"the tokenizer of {folder} is not that of {checkpoint.path}: the dataset was "
-                         "prepared again after training")
-    eot = checkpoint.encoding.eot_token
-    starts = [np.flatnonzero(ids == eot) + 1 for ids in splits["val"]]
-    return Text("val", file_sha256(folder / "meta.json"), splits["val"], starts)
-
-
-def article_starts(text, ids, encoding):
-    """Places in ids where an article of WikiText begins, see TITLE. None in other texts."""
-    # Bytes before each article
-    titles = [match.start(1) for match in TITLE.finditer(text)]
-    parts = [text[start:end] for start, end in zip([0, *titles], titles)]
-    places = np.cumsum([len(part.encode()) for part in parts])
-
-    # Bytes before each token
-    sizes = tokenizer.token_bytes(encoding)[ids]
-    return np.searchsorted(np.cumsum(sizes) - sizes, places)
-
-
-def cut_windows(text, T, limit, eot):
-    """Windows of T tokens, each after the one token before it (`eot` at the start of a stream).
-
-    They do not overlap or cross from one stream into the next. A stream's last tokens, fewer than T, are
-    not used. Of more than `limit` (0: none) that many are taken, evenly spread. Raises ValueError if there
-    are none.
-    """
-    places = [(number, start) for number, stream in enumerate(text.streams)
-              for start in range(0, len(stream) - T + 1, T)]
-    if not places:
-        raise ValueError(f"the text has {sum(map(len, text.streams))} tokens, less than one window of {T} "
-                         "(block_size)")
-    n = min(len(places), limit or len(places))
-    chosen = [places[(2 * i + 1) * len(places) // (2 * n)] for i in range(n)]
-
-    # A document may go on in the next stream: its number is that of the starts before it, in all streams
-    earlier = np.cumsum([0, *map(len, text.starts)])
-    ids = np.empty((n, 1 + T), dtype=np.int64)
-    document = np.empty((n, T), dtype=np.int64)
-    for i, (number, start) in enumerate(chosen):
-        stream = text.streams[number]
-        ids[i, 0] = stream[start - 1] if start else eot
-        ids[i, 1:] = stream[start:start + T]
-        place = np.arange(start, start + T)
-        begun = np.searchsorted(text.starts[number], place, side="right")       # (T,)
-        document[i] = earlier[number] + begun
-    return Windows(ids, document)
-
-
-def clusters(document):
-    """What is independent: (n, T) numbers from 0 of the documents that occur, and "documents".
-
-    If there is only one, the windows have to do: numbers of the rows, and "windows".
-    """
-    found, number = np.unique(document, return_inverse=True)
-    if len(found) > 1:
-        return number.reshape(document.shape), "documents"
-    return np.indices(document.shape)[0], "windows"
-
-
-def sum_by(document, values):
-    """(documents,): the sum of values, (n, T), over the tokens of each document."""
-    return np.bincount(document.ravel(), values.ravel(), minlength=document.max() + 1)
-
-
-def token_sizes(ids, encoding):
-    """Bytes and words of the original text in each token, (n, T) and (n, T). ids: (n, 1 + T).
-
-    Words are parted by white space and counted in the token they start in. End-of-text parts words and has
-    no bytes.
-    """
-    text = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-    text[encoding.eot_token] = b" "
-    words = np.array([len(t.split()) for t in text])                # (n_vocab,)
-    begins_in_word = np.array([not t[:1].isspace() for t in text])
-    ends_in_word = np.array([not t[-1:].isspace() for t in text])
-
-    token = ids[:, 1:]
-    before = ids[:, :-1]
-    continued = begins_in_word[token] & ends_in_word[before]        # its first word started earlier
-    return tokenizer.token_bytes(encoding)[token], words[token] - continued
-
 # -----------------------------------------------------------------------------
 # Table and plot
 
@@ -650,25 +518,24 @@ def table(reports):
         names = [r["checkpoint"] for r in reports]
     rows = [["", *names]]
 
+    def add_row(label, results, unit):
+        rows.append([label, *[cell(result or {}, unit) for result in results]])
+
     # Perplexity by prompt length
     for k in sorted({k for r in reports for k in r["prompt_lengths"]}, key=int):
-        results = [r["prompt_lengths"].get(k, {}) for r in reports]
-        rows.append([f"perplexity after {k}", *(cell(result, "perplexity") for result in results)])
+        add_row(f"perplexity after {k}", [r["prompt_lengths"].get(k) for r in reports], "perplexity")
 
     # All positions, in all units that some model has
-    for name in UNITS:
-        label = "all: " + name.replace("_", " ")
-        rows.append([label, *(cell(r["all"], name) for r in reports)])
-        if name == "perplexity":
-            alone = [cell(r["unigram"] or {}, name) for r in reports]
-            rows.append(["word frequencies alone", *alone])
+    for unit in UNITS:
+        add_row(f"all: {unit.replace('_', ' ')}", [r["all"] for r in reports], unit)
+        if unit == "perplexity":
+            add_row("word frequencies alone", [r["unigram"] for r in reports], unit)
 
     # The same tokens with less and less of the text hidden
     visible = {m for r in reports for m in r["context"]}
     for m in sorted(visible - {"all"}, key=int) + sorted(visible & {"all"}):
         label = "whole prompt" if m == "all" else f"only last {m}"
-        cells = [cell(r["context"].get(m, {}), "nats_per_token") for r in reports]
-        rows.append([f"nats per token, {label} visible", *cells])
+        add_row(f"nats per token, {label} visible", [r["context"].get(m) for r in reports], "nats_per_token")
     return align(rows)
 
 
@@ -683,6 +550,10 @@ def show(reports):
     for r in reports:
         if r["unigram"] and r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
             print(f"{r['checkpoint']} has learned no context yet: word frequencies alone do as well.")
+    sampled = [r["suffix"] is not None for r in reports]            # masked models, left to right
+    if any(r["unigram"] for r in reports) and any(sampled):
+        print("Word frequencies alone are scored on the same tokens as the model above them. Of a masked "
+              "model these are a sample (--samples), so its number can differ from that of a causal one.")
     if any(r["clusters"] == "windows" for r in reports):
         print("The text is one document: its windows are treated as independent.")
     if any("bits_per_byte" in r["all"] for r in reports):
@@ -757,32 +628,16 @@ class LoadedCheckpoint(NamedTuple):
     model: torch.nn.Module
     config: dict                        # config.json, with the step and the digest of the weights
     encoding: object                    # its tokenizer
-    objective: object                   # its record in OBJECTIVES, or None
-    options: Options                    # what the objective was trained with
     unigram: np.ndarray                 # (V,) log-probabilities by word frequencies alone, nats, or None
-
-    @property
-    def ahead(self):
-        """How far the targets of training reach beyond the inputs, in tokens. Beyond 1 the model gives a
-        mixture over these tokens, which is no code for the next one."""
-        return self.objective.ahead(self.options) if self.objective else 1
-
-    @property
-    def most_masks(self):
-        """Most masks of a sequence in training, or None."""
-        return self.objective.most_masks(self.options) if self.objective else None
+    most_masks: int                     # of a sequence in training, None if causal or not known
+    ahead: int                          # how far the targets of training reach beyond the inputs, in tokens:
+                                        # beyond 1 it gives a mixture over these, no code for the next one
 
 
 def load(path, args):
     """A LoadedCheckpoint. Raises ValueError, one line."""
     model, config = load_checkpoint(path, args.device)
     model.dtype = pick_dtype(args.dtype, args.device)
-
-    # The objective, with the flags of its training
-    train = config.setdefault("train", {})
-    known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
-    known["block_size"] = model.config.block_size
-    known["vocab_size"] = model.config.vocab_size
 
     # Word frequencies, which train.py copied from the dataset
     try:
@@ -792,9 +647,25 @@ def load(path, args):
     if unigram is not None and len(unigram) != model.config.vocab_size:
         raise ValueError(f"{path}: unigram.npy does not belong to this model's vocabulary")
 
+    # What its objective showed it, with the flags of its training
+    train = config.setdefault("train", {})
+    known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
+    options = Options(**known | {"block_size": model.config.block_size, "vocab_size": model.config.vocab_size})
     objective = OBJECTIVES.get(train.get("objective"))
-    encoding = tokenizer.load_tokenizer(path)
-    return LoadedCheckpoint(path, model, config, encoding, objective, Options(**known), unigram)
+    most_masks = objective.most_masks(options) if objective else None
+    ahead = objective.ahead(options) if objective else 1
+    return LoadedCheckpoint(path, model, config, tokenizer.load_tokenizer(path), unigram, most_masks, ahead)
+
+
+def read_text(args, checkpoint):
+    """The text that is asked for, in the checkpoint's vocabulary. Raises ValueError or OSError, one line."""
+    if args.val:
+        train = checkpoint.config["train"]
+        data_dir = args.data_dir or train.get("data_dir", data.DATA_DIR)
+        return texts.validation_split(Path(data_dir, train["dataset"]), checkpoint.path, checkpoint.encoding)
+    if args.text:
+        return texts.from_file(args.text, checkpoint.encoding)
+    return texts.wikitext(args.wikitext_dir, checkpoint.encoding)
 
 
 def check_flags(args):
@@ -883,9 +754,9 @@ def run(args, command):
     limit = METHODS[args.method].windows if args.max_windows is None else args.max_windows
     jobs = []
     for checkpoint in loaded:
-        text = read_tokens(args, checkpoint)
+        text = read_text(args, checkpoint)
         T = checkpoint.model.config.block_size
-        windows = cut_windows(text, T, limit, checkpoint.encoding.eot_token)
+        windows = texts.cut_windows(text, T, limit, checkpoint.encoding.eot_token)
         jobs.append((checkpoint, text, windows))
 
     # The table shows what is done, also when a later checkpoint fails or Ctrl-C ends the program

@@ -46,6 +46,19 @@ def load_task(name, glue_dir="data/glue", download=True):
         return STDLIB[name](stdlib_files())
     return load_glue(name, str(glue_dir), download)
 
+
+def limit(task, n):
+    """The task with at most n training examples (all if n is 0), the same in every run."""
+    train = task.train
+    chosen = np.random.default_rng(0).permutation(len(train.y))[:n or None]
+    return task._replace(train=subset(train, np.sort(chosen)))
+
+
+def subset(split, index):
+    """The Split of these examples only."""
+    return split._replace(examples=[split.examples[i] for i in index], y=split.y[index],
+                          groups=split.groups[index])
+
 # -----------------------------------------------------------------------------
 # Metrics of predicted, true: (n,) class numbers, or scores for the correlations. Each returns a float
 

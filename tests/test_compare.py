@@ -1,6 +1,6 @@
 """
-compare.py: its errors against references of their own and simulations, its bookkeeping with scripts that
-are played here, and small runs of the real ones.
+report.py: its errors against references of their own and simulations. compare.py: its bookkeeping with
+scripts that are played here, and small runs of the real ones.
 
     pytest tests/test_compare.py
 """
@@ -21,6 +21,7 @@ import common
 import compare
 import flags
 import glue_data
+import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def test_the_error_of_a_perplexity_is_that_of_the_ratio_estimator():
     """Linearised by hand: mean nats = sum nats / sum tokens over documents of unequal length."""
     measured = documents(np.random.default_rng(1), 200, 3.0)
     nats, tokens = np.array(measured["nats"]), np.array(measured["tokens"])
-    values = compare.resample_perplexity(measured)
+    values = report.resample_perplexity(measured)
     assert values[0] == pytest.approx(nats.sum() / tokens.sum(), rel=1e-12)
 
     residual = nats - values[0] * tokens
@@ -54,7 +55,7 @@ def test_a_difference_of_perplexities_is_paired_by_document():
     tokens = np.array(a["tokens"])
     own = rng.normal(0.1, 0.05, size=100)                   # nats per token by which b is worse, per document
     b = {"tokens": a["tokens"], "nats": (np.array(a["nats"]) + own * tokens).tolist()}
-    found = compare.errors([(compare.resample_perplexity(b), compare.resample_perplexity(a))])
+    found = report.errors([(report.resample_perplexity(b), report.resample_perplexity(a))])
 
     mean = (own @ tokens) / tokens.sum()
     expected = ((own - mean) * tokens).std(ddof=1) / tokens.mean() / 10
@@ -69,11 +70,11 @@ def test_seeds_share_their_test_documents():
     tokens = np.full(80, 10)
     shared = rng.normal(0.1, 0.3, size=80)                  # per document, the same in every seed
     own = rng.normal(0, 0.3, size=(4, 80))                  # per document and seed
-    zero = compare.resample_perplexity({"nats": np.zeros(80), "tokens": tokens})
-    pairs = [(compare.resample_perplexity({"nats": 10 * (shared + noise), "tokens": tokens}), zero)
+    zero = report.resample_perplexity({"nats": np.zeros(80), "tokens": tokens})
+    pairs = [(report.resample_perplexity({"nats": 10 * (shared + noise), "tokens": tokens}), zero)
              for noise in own]
     expected = (shared + own.mean(axis=0)).std(ddof=1) / math.sqrt(80)
-    assert compare.errors(pairs)["se_test"] == pytest.approx(expected, rel=0.12)
+    assert report.errors(pairs)["se_test"] == pytest.approx(expected, rel=0.12)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "Matthews", "F1"])
@@ -86,8 +87,8 @@ def test_the_error_of_a_probe_is_a_paired_bootstrap_over_groups(metric):
     a = np.where(rng.random(300) < 0.2, 1 - true, true)
     b = np.where((rng.random(41) < 0.3)[group], 1 - a, a)   # other answers in whole groups
     test = {"labels": digits(true), "groups": groups.tolist()}
-    x, y = [compare.resample_probe({"metric": metric, "predictions": digits(p)}, test) for p in (a, b)]
-    found = compare.errors([(x, y)])
+    x, y = [report.resample_probe({"metric": metric, "predictions": digits(p)}, test) for p in (a, b)]
+    found = report.errors([(x, y)])
 
     of = glue_data.METRICS[metric]
     assert found["mean"] == pytest.approx(100 * (of(a, true) - of(b, true)))
@@ -110,25 +111,25 @@ def test_a_gain_is_paired_too():
         "t": {"test": "t", "metric": "accuracy", "predictions": "0110"},
         "t: e": {"test": "t", "metric": "accuracy", "predictions": "0110", "baseline": True},
         "t: gain": {"test": "t", "of": "t", "minus": "t: e"}}}
-    samples = compare.resample_run(run, {"t": {"labels": "0101", "groups": None}})
+    samples = report.resample_run(run, {"t": {"labels": "0101", "groups": None}})
     assert samples["t"][0] == 50 and samples["t"].std() > 10
     assert not samples["t: gain"].any()
 
 
 def test_scores_are_decoded_as_they_are():
-    assert compare.decode([0.5, 2.25]).tolist() == [0.5, 2.25]
-    assert compare.decode("09az").tolist() == [0, 9, 10, 35]
+    assert report.decode([0.5, 2.25]).tolist() == [0.5, 2.25]
+    assert report.decode("09az").tolist() == [0, 9, 10, 35]
 
 
 def test_shown_needs_one_sign_and_both_errors():
     by_seed = np.array([1.0, 1.1, 0.9])                     # se over seeds .058, times 4.30: .248
-    assert compare.is_shown(by_seed, se_test=0.4)
-    assert compare.is_shown(-by_seed, se_test=0.4)
-    assert not compare.is_shown(by_seed, se_test=0.5), "hypot(.248, 1.0) > 1"
-    assert not compare.is_shown(np.array([1.0, 3.0, 0.5]), se_test=0.0), "2 se over seeds would pass this"
-    assert not compare.is_shown(np.zeros(3), se_test=0.0)
+    assert report.is_shown(by_seed, se_test=0.4)
+    assert report.is_shown(-by_seed, se_test=0.4)
+    assert not report.is_shown(by_seed, se_test=0.5), "hypot(.248, 1.0) > 1"
+    assert not report.is_shown(np.array([1.0, 3.0, 0.5]), se_test=0.0), "2 se over seeds would pass this"
+    assert not report.is_shown(np.zeros(3), se_test=0.0)
     many = np.array([5.0] * 9 + [-0.1])
-    assert not compare.is_shown(many, se_test=0.1), "another sign in one seed"
+    assert not report.is_shown(many, se_test=0.1), "another sign in one seed"
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 12])
@@ -140,13 +141,13 @@ def test_of_no_difference_at_most_one_in_twenty_is_shown(seeds, test_share):
     shown = 0
     for _ in range(4000):
         by_seed = rng.normal(0, sd_seeds, size=seeds) + rng.normal(0, math.sqrt(test_share))
-        shown += compare.is_shown(by_seed, math.sqrt(test_share))
+        shown += report.is_shown(by_seed, math.sqrt(test_share))
     assert shown / 4000 < 0.06                              # 3 standard errors above 5 %
 
 
 def test_the_whole_chain_on_data_without_a_difference(monkeypatch):
     """From documents to verdict: two settings whose runs differ by noise of documents and of seeds only."""
-    monkeypatch.setattr(compare, "RESAMPLES", 60)
+    monkeypatch.setattr(report, "RESAMPLES", 60)
     rng = np.random.default_rng(5)
     tokens = np.full(30, 100)
     shown = {0.0: 0, 0.1: 0}
@@ -156,9 +157,9 @@ def test_the_whole_chain_on_data_without_a_difference(monkeypatch):
             per_document = rng.normal(0, 0.05, size=30)     # the same for all seeds: of the two settings
             for _ in range(3):
                 a = 3 + difference + per_document + rng.normal(0, 0.01) + rng.normal(0, 0.02, size=30)
-                pairs.append([compare.resample_perplexity({"tokens": tokens, "nats": tokens * nats})
+                pairs.append([report.resample_perplexity({"tokens": tokens, "nats": tokens * nats})
                               for nats in (a, np.full(30, 3.0))])
-            shown[difference] += compare.errors(pairs)["shown"]
+            shown[difference] += report.errors(pairs)["shown"]
     assert shown[0.0] / 200 < 0.08 and shown[0.1] / 200 > 0.9, shown
 
 # -----------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_table_has_mean_least_and_greatest():
                        "1": {"perplexity, all": perplexity(60.0)}},
                    mlm={"0": {"perplexity, all": perplexity(400.0),
                               "perplexity, all, masks as in training": perplexity(200.0)}})
-    rows = cells(compare.table(runs))
+    rows = cells(report.table(runs))
     assert rows[0] == ["", "ar", "mlm"]
     assert ["perplexity, all", "50.0 [40.0, 60.0]", "400 [400, 400]"] in rows
     assert ["perplexity, all, masks as in training", "-", "200 [200, 200]"] in rows
@@ -195,10 +196,10 @@ def test_differences_are_of_runs_with_the_same_seed():
     runs = runs_of(ar={"0": {name: perplexity(0, (1, 1))}, "1": {name: perplexity(0, (2, 2))}},
                    vlm={"1": {name: perplexity(0, (5, 5))}, "0": {name: perplexity(0, (3, 3))},
                         "2": {name: perplexity(0, (9, 9))}})
-    [found] = compare.compare(runs, {}, ["ar"])
+    [found] = report.find_differences(runs, {}, ["ar"])
     assert sorted(found["by_seed"]) == [2, 3] and found["mean"] == 2.5
     assert (found["setting"], found["against"]) == ("vlm", "ar")
-    [row] = cells(compare.difference_table([found]))[2:]
+    [row] = cells(report.difference_table([found]))[2:]
     assert row[:3] == ["vlm / ar", "perplexity, all, ratio", "12.182 [7.389, 20.086]"]
 
 
@@ -207,7 +208,7 @@ def test_masks_as_in_training_are_compared_with_the_only_perplexity_of_others():
     runs = runs_of(ar={"0": {plain: perplexity(0, (1, 1))}}, vlm={"0": {plain: perplexity(0, (2, 2))}},
                    mlm={"0": {plain: perplexity(0, (4, 4)), matched: perplexity(0, (3, 3))}})
     found = {(d["setting"], d["against"], d["measurement"]): d["mean"]
-             for d in compare.compare(runs, {}, ["ar", "mlm"])}
+             for d in report.find_differences(runs, {}, ["ar", "mlm"])}
     assert found["mlm", "ar", plain] == 3 and found["mlm", "ar", matched] == 2
     assert found["vlm", "mlm", plain] == -2 and found["vlm", "mlm", matched] == -1
     assert ("ar", "mlm", plain) not in found and ("vlm", "ar", matched) not in found
@@ -217,7 +218,7 @@ def test_another_text_is_not_judged():
     name = "perplexity, all"
     runs = runs_of(ar={seed: {name: perplexity(0, (1, 1))} for seed in "01"},
                    vlm={seed: {name: perplexity(0, (9, 9), test="other")} for seed in "01"})
-    [found] = compare.compare(runs, {}, ["ar"])
+    [found] = report.find_differences(runs, {}, ["ar"])
     assert found["shown"] is None and found["se_test"] is None
 
 # -----------------------------------------------------------------------------
@@ -234,7 +235,8 @@ class Scripts:
         if len(self.commands) == self.stop_after:
             raise ValueError("stopped here")
         self.commands.append(" ".join(words))
-        play = {"train.py": self.train, "eval_ppl.py": self.eval_ppl, "eval_glue.py": self.eval_glue}
+        play = {"train.py": self.train, "eval_ppl.py": self.eval_ppl, "eval_glue.py": self.eval_glue,
+                "spectrum.py": self.spectrum}
         play[words[0]](words)
 
     def train(self, words):
@@ -275,14 +277,14 @@ class Scripts:
         suffix = "matched" if "matched" in words else None
         result = {"perplexity": 100 * level}
         lengths = ["1", "2", "8", "64"]
-        report = {**head, "text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": suffix,
+        saved = {**head, "text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": suffix,
                   "all": result,
                   "prompt_lengths": {k: {"perplexity": 1000 * level / int(k)} for k in lengths},
                   "unigram": {"nats_per_token": 6.3, "perplexity": 544.6},
                   "documents": {"windows": [1, 2, 1], "bytes": [50, 90, 40], "words": [9, 19, 8]},
                   "nats": {k: [100.12345 + level, 210.0, 95 * level] for k in [*lengths, "all"]},
                   "tokens": {k: [30, 60, 30] for k in [*lengths, "all"]}}
-        common.write_result(folder / f"eval_ppl_val_left-to-right{'-matched' if suffix else ''}.json", report)
+        common.write_result(folder / f"eval_ppl_val_left-to-right{'-matched' if suffix else ''}.json", saved)
 
     def eval_glue(self, words):
         folder, head, level = self.loaded(words)
@@ -297,11 +299,17 @@ class Scripts:
                             {**head, "results": rows,
                              "tests": {"stdlib-pair": {"labels": "0010", "groups": [0, 0, 1, 2]}}})
 
+    def spectrum(self, words):
+        folder, head, level = self.loaded(words)
+        common.write_result(folder / "spectrum.json",
+                            {**head, "contexts": 8192, "seed": 0, "chi2": 100 * level, "chi2_limit": 110 * level,
+                             "hitting": None, "singular_values": [1.0, level, level / 2]})
+
 
 @pytest.fixture
 def scripts(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "RESAMPLES", 20)
+    monkeypatch.setattr(report, "RESAMPLES", 20)
     played = Scripts()
     monkeypatch.setattr(compare, "call", played)
     return played
@@ -327,8 +335,8 @@ def scripts_of(commands):
 
 
 def test_every_setting_is_trained_and_evaluated_in_a_folder_with_its_name(scripts, capsys):
-    report = run("--runs", "ar", "dar --lookahead 4", "vlm  --mask_range 0.4 0.6", "--train", "--n_embd 64")
-    assert list(report["runs"]) == ["ar", "dar --lookahead 4", "vlm --mask_range 0.4 0.6"]
+    saved = run("--runs", "ar", "dar --lookahead 4", "vlm  --mask_range 0.4 0.6", "--train", "--n_embd 64")
+    assert list(saved["runs"]) == ["ar", "dar --lookahead 4", "vlm --mask_range 0.4 0.6"]
     assert sorted(p.name for p in Path("out/compare").iterdir()) == [
         "ar-0", "compare.json", "dar-lookahead-4-0", "vlm-mask_range-0.4-0.6-0"]
     assert scripts.commands[0] == ("train.py --preset tiny --max_iters 3 --n_embd 64 --objective ar --seed 0 "
@@ -340,13 +348,13 @@ def test_every_setting_is_trained_and_evaluated_in_a_folder_with_its_name(script
     out = capsys.readouterr().out
     assert "[1 of 10, time left: known once each script has run] python train.py" in out
     assert "[4 of 10, about 0 min left]" in out
-    assert compare.RULE in out and out.index(compare.RULE) < out.index("verdict")
+    assert report.RULE in out and out.index(report.RULE) < out.index("verdict")
     assert "perplexity, word frequencies alone" in out
 
 
 def test_a_setting_of_its_own_number_of_updates(scripts):
-    report = run("--runs", "ar --max_iters 7", "mlm")
-    assert [run["0"]["step"] for run in report["runs"].values()] == [7, 3]
+    saved = run("--runs", "ar --max_iters 7", "mlm")
+    assert [run["0"]["step"] for run in saved["runs"].values()] == [7, 3]
     matched = [command for command in scripts.commands if command.endswith("matched")]
     assert len(matched) == 1 and "mlm-0" in matched[0]
 
@@ -386,14 +394,14 @@ def test_a_result_counts_for_its_weights_and_command_and_when_it_was_completed(s
 
     def again():
         scripts.commands.clear()
-        report = run("--runs", "ar", "vlm")
-        return scripts_of(scripts.commands), report
+        saved = run("--runs", "ar", "vlm")
+        return scripts_of(scripts.commands), saved
 
     # Other weights, same step
     scripts.save(folder, torch.tensor([0.25, 0, 0]), step=3)
-    commands, report = again()
+    commands, saved = again()
     assert commands == ["eval_ppl.py", "eval_glue.py"]
-    assert report["runs"]["vlm"]["0"]["measurements"]["perplexity, all"]["value"] == 25
+    assert saved["runs"]["vlm"]["0"]["measurements"]["perplexity, all"]["value"] == 25
 
     # Another command by hand
     scripts(["eval_glue.py", "--checkpoint", str(folder), "--tasks", "RTE"], None)
@@ -483,22 +491,22 @@ def test_wrong_settings_are_refused_before_any_run(scripts, capsys, words, said)
 
 
 def test_evaluations_can_be_left_out(scripts):
-    report = run("--runs", "ar", "vlm", "--eval_ppl", "--val", "--eval_glue", "none")
+    saved = run("--runs", "ar", "vlm", "--eval_ppl", "--val", "--eval_glue", "none")
     assert scripts_of(scripts.commands) == ["train.py", "eval_ppl.py"] * 2
-    assert all("perplexity" in d["measurement"] for d in report["differences"])
+    assert all("perplexity" in d["measurement"] for d in saved["differences"])
     run("--runs", "ar", "vlm", "--eval_ppl", "none")
     assert scripts_of(scripts.commands)[4:] == ["eval_glue.py"] * 2
 
 
 def test_errors_can_be_redone_from_compare_json_which_is_small(scripts):
-    report = run("--seeds", "0", "1", "2")
+    saved = run("--seeds", "0", "1", "2")
     text = Path("out/compare/compare.json").read_text()
-    assert compare.compare(report["runs"], report["tests"], ["ar"]) == report["differences"]
+    assert report.find_differences(saved["runs"], saved["tests"], ["ar"]) == saved["differences"]
     assert "\n" in text and "[ 100.7" in text, "one key per line, but a list in one line"
-    measured = report["runs"]["vlm"]["2"]["measurements"]["perplexity after 8"]
+    measured = saved["runs"]["vlm"]["2"]["measurements"]["perplexity after 8"]
     assert len(str(measured["nats"][0]).split(".")[1]) <= 3
-    assert set(report) >= {"flags", "commit", "dirty", "sources", "rule", "runs", "tests", "differences"}
-    assert report["runs"]["ar"]["0"]["weights"]
+    assert set(saved) >= {"flags", "commit", "dirty", "sources", "rule", "runs", "tests", "differences"}
+    assert saved["runs"]["ar"]["0"]["weights"]
 
 
 def test_a_failing_command_keeps_what_others_finished(scripts, capsys):
@@ -609,14 +617,14 @@ def test_a_small_run_of_all_scripts_resumes_and_notices_edits(toy, tmp_path):
                                          "train.py", "eval_ppl.py", "eval_ppl.py", "eval_glue.py"]
     folder = tmp_path / "out/compare"
     saved = json.loads((folder / "compare.json").read_text())
-    report = json.loads((folder / "mlm-0/eval_ppl_val_left-to-right-matched.json").read_text())
+    result = json.loads((folder / "mlm-0/eval_ppl_val_left-to-right-matched.json").read_text())
     measured = saved["runs"]["mlm"]["0"]["measurements"]["perplexity, all, masks as in training"]
-    assert measured["value"] == report["all"]["perplexity"]
+    assert measured["value"] == result["all"]["perplexity"]
     mean_nats = sum(measured["nats"]) / sum(measured["tokens"])
     assert mean_nats == pytest.approx(math.log(measured["value"]), abs=1e-3)
     probe = saved["runs"]["ar"]["0"]["measurements"]["stdlib-pair, accuracy, mean, 40 examples"]
     test = saved["tests"][probe["test"]]
-    assert 100 * np.mean(compare.decode(probe["predictions"]) == compare.decode(test["labels"])) \
+    assert 100 * np.mean(report.decode(probe["predictions"]) == report.decode(test["labels"])) \
         == pytest.approx(probe["value"])
 
     # As if stopped there

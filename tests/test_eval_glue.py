@@ -1,5 +1,6 @@
 """
-Metrics, readers, built-in tasks and features of eval_glue.py against independent references.
+Metrics, readers and built-in tasks of glue_data.py, features.py, finetune.py and the command line of
+eval_glue.py against independent references.
 No network.
 """
 import http.server
@@ -18,6 +19,8 @@ import data
 import documents
 import tokenizer
 import eval_glue
+import features
+import finetune
 import glue_data
 import probe
 from common import DataError, load_checkpoint, save_checkpoint, save_config, unzip
@@ -317,7 +320,7 @@ def test_pair_is_balanced_and_its_halves_have_the_same_distribution_in_both_clas
 def test_pair_takes_equally_many_tokens_of_both_texts_where_they_meet():
     encoding, pair = tokenizer.build_encoding({"name": "bytes"}), ("abcdefgh", "123456")
     for T, half, a, b in [(64, 3, "fgh", "123"), (6, 3, "gh", "12"), (64, 0, *pair)]:
-        (row,), _ = eval_glue.encode(encoding, [pair], T, half)
+        (row,), _ = features.encode(encoding, [pair], T, half)
         assert row == [*a.encode(), encoding.eot_token, *b.encode()]
 
 # -----------------------------------------------------------------------------
@@ -338,7 +341,7 @@ def test_features_do_not_depend_on_batching(causal):
     model, rng = trained(causal), np.random.default_rng(0)
     rows = [rng.integers(0, 256, n).tolist() for n in rng.integers(1, 25, 40)]
     for layer in (None, 1):
-        batched = eval_glue.extract(model, rows, 256, layer, ["mean", "max", "last"])
+        batched = features.extract(model, rows, 256, layer, ["mean", "max", "last"])
         for i, row in enumerate(rows):
             hidden = model.features(torch.tensor([row]), layer=layer)[0].detach()
             for kind, value in [("mean", hidden.mean(0)), ("max", hidden.max(0).values),
@@ -348,7 +351,7 @@ def test_features_do_not_depend_on_batching(causal):
 
 def test_batches_hold_everything_once_within_the_limit():
     lengths = np.random.default_rng(0).integers(1, 100, 300).tolist()
-    cut = list(eval_glue.batches(lengths, 500))
+    cut = list(features.batches(lengths, 500))
     assert sorted(np.concatenate(cut)) == list(range(300))
     assert all(max(lengths[i] for i in b) * len(b) <= 500 for b in cut)
 
@@ -363,12 +366,12 @@ def test_untrained_features_are_its_embeddings():
 def test_pairs_are_cut_to_fit():
     encoding = tokenizer.build_encoding({"name": "bytes"})
     for a, b in [("a" * 40, "bb"), ("aa", "b" * 40), ("a" * 40, "b" * 40), ("", ""), ("a" * 10, "b" * 13)]:
-        [row], cut = eval_glue.encode(encoding, [(a, b)], 24)
+        [row], cut = features.encode(encoding, [(a, b)], 24)
         ids_a, ids_b = row[:row.index(256)], row[row.index(256) + 1:]
         assert len(row) == min(24, len(a) + len(b) + 1) and cut == (len(a) + len(b) + 1 > 24)
         assert set(ids_a) <= {97} and set(ids_b) <= {98}
         assert len(ids_a) >= min(len(a), 11) and len(ids_b) >= min(len(b), 11)
-    assert eval_glue.encode(encoding, [("",)], 24) == ([[256]], 0)
+    assert features.encode(encoding, [("",)], 24) == ([[256]], 0)
 
 # -----------------------------------------------------------------------------
 # The script
@@ -664,8 +667,8 @@ def test_finetune_starts_at_the_checkpoint_and_leaves_it_unchanged(checkpoints):
     model = trained(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     task = glue_data.load_task("RTE", "glue", False)
-    task, _ = eval_glue.tokenize(task, tokenizer.build_encoding({"name": "bytes"}), 24)
-    eval_glue.finetune(model, task.train, [task.train], 2, 256, "mean", 1e-3, 0, flags_of("--epochs", "1"))
+    task, _ = features.tokenize(task, tokenizer.build_encoding({"name": "bytes"}), 24)
+    finetune.finetune(model, task.train, [task.train], 2, 256, "mean", 1e-3, 0, flags_of("--epochs", "1"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     [row] = main("--tasks", "RTE", "--finetune", "--seeds", "2", "--epochs", "10",
                  "--lr", "3e-3", "1e-2")["results"]
@@ -683,13 +686,13 @@ def test_baseline_of_finetuning_is_the_same_finetuning_from_initial_weights(chec
 
     # What each run of it began with
     begun = []
-    finetune = eval_glue.finetune
+    tune = finetune.finetune
 
     def record(model, *rest):
         begun.append(model.wte.weight.clone())
-        return finetune(model, *rest)
+        return tune(model, *rest)
 
-    monkeypatch.setattr(eval_glue, "finetune", record)
+    monkeypatch.setattr(finetune, "finetune", record)
     main(*flags)
     first, second = begun
     assert torch.equal(first, load_checkpoint("vlm")[0].wte.weight)
@@ -708,7 +711,7 @@ def test_learning_rate_is_chosen_on_training_examples_only(checkpoints):
 def test_ties_between_learning_rates_go_to_the_middle():
     for values, best in [([1, 1, 1, 0], 1), ([1, 1, 1, 1], 1), ([0, 1, 1, 1], 1), ([0, 0, 1, 1], 2),
                          ([1, 0, 0, 1], 0), ([0, 2, 1], 1), ([1], 0), ([1, 1, 1, 1, 1], 2)]:
-        assert eval_glue.best_rate(values) == best
+        assert finetune.best_rate(values) == best
 
 
 def test_chosen_rate_is_printed_and_the_edge_of_the_grid_is_named(checkpoints, monkeypatch, capsys):
@@ -719,7 +722,7 @@ def test_chosen_rate_is_printed_and_the_edge_of_the_grid_is_named(checkpoints, m
         rates.append(lr)
         return [test.y if lr == 1e-2 else 0 * test.y for test in tests]
 
-    monkeypatch.setattr(eval_glue, "finetune", learns_at)
+    monkeypatch.setattr(finetune, "finetune", learns_at)
     main("--tasks", "RTE", "--finetune", "--seeds", "1", "--lr", "1e-2", "1e-3")
     assert "(lr 0.01, at the upper edge of the grid: try --lr 0.01 0.03 0.1)" in capsys.readouterr().out
     main("--tasks", "RTE", "--finetune", "--seeds", "1", "--lr", "1e-3", "1e-2", "1e-1")
@@ -731,13 +734,13 @@ def test_chosen_rate_is_printed_and_the_edge_of_the_grid_is_named(checkpoints, m
 
 def test_batch_size_is_the_number_of_examples_per_update(checkpoints, monkeypatch):
     sizes = []
-    collate = eval_glue.collate
-    monkeypatch.setattr(eval_glue, "collate",
+    collate = features.collate
+    monkeypatch.setattr(finetune, "collate",
                         lambda rows, *rest: (sizes.append(len(rows)), collate(rows, *rest))[1])
-    task, _ = eval_glue.tokenize(glue_data.load_task("RTE", "glue", False),
-                                 tokenizer.build_encoding({"name": "bytes"}), 24)
-    eval_glue.finetune(trained(False), task.train, [], 2, 256, "mean", 1e-3, 0,
-                       flags_of("--epochs", "2", "--batch_size", "50"))
+    task, _ = features.tokenize(glue_data.load_task("RTE", "glue", False),
+                                tokenizer.build_encoding({"name": "bytes"}), 24)
+    finetune.finetune(trained(False), task.train, [], 2, 256, "mean", 1e-3, 0,
+                      flags_of("--epochs", "2", "--batch_size", "50"))
     assert sizes == [50, 50, 20] * 2
 
 # -----------------------------------------------------------------------------

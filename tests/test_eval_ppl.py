@@ -1,5 +1,5 @@
 """
-eval_ppl.py against explicit loops, enumeration of all texts and all orders, and its command line.
+eval_ppl.py against explicit loops, enumeration of all texts and all orders, and its command line. texts.py.
 CPU, no network.
 
     pytest tests/test_eval_ppl.py
@@ -22,9 +22,11 @@ import pytest
 import torch
 
 import data
-import tokenizer
 import eval_ppl
+import texts
+import tokenizer
 from common import load_checkpoint, save_checkpoint, save_config
+from documents import read_text
 from model import Config, Transformer
 from objectives import OBJECTIVES, Options
 
@@ -300,18 +302,18 @@ def bytes_encoding(folder):
 
 
 def text_of(streams, starts=None):
-    return eval_ppl.Text("t", "digest", streams, starts or [[] for _ in streams])
+    return texts.Text("t", "digest", streams, starts or [[] for _ in streams])
 
 
 def test_windows_cover_the_text_once_and_thin_out_evenly():
     text = text_of([np.arange(100, 123), np.arange(200, 204), np.arange(300, 310)])
-    x = eval_ppl.cut_windows(text, 5, 0, 99).ids
+    x = texts.cut_windows(text, 5, 0, 99).ids
     assert x[:, 1:].ravel().tolist() == [*range(100, 120), *range(300, 310)]
     assert x[:, 0].tolist() == [99, 104, 109, 114, 99, 304]
-    assert eval_ppl.cut_windows(text, 5, 3, 99).ids[:, 1].tolist() == [105, 115, 305]
-    assert eval_ppl.cut_windows(text_of([np.arange(30, dtype=np.uint16)]), 5, 1, 99).ids.dtype == np.int64
+    assert texts.cut_windows(text, 5, 3, 99).ids[:, 1].tolist() == [105, 115, 305]
+    assert texts.cut_windows(text_of([np.arange(30, dtype=np.uint16)]), 5, 1, 99).ids.dtype == np.int64
     with pytest.raises(ValueError, match="4 tokens, less than one window of 5"):
-        eval_ppl.cut_windows(text_of([np.arange(200, 204)]), 5, 0, 99)
+        texts.cut_windows(text_of([np.arange(200, 204)]), 5, 0, 99)
 
 
 def test_every_token_belongs_to_its_document():
@@ -319,11 +321,11 @@ def test_every_token_belongs_to_its_document():
     and where a document goes on in the next stream.
     """
     text = text_of([np.arange(11), np.arange(10)], starts=[[3, 9], [2, 10]])
-    windows = eval_ppl.cut_windows(text, 5, 0, 99)
+    windows = texts.cut_windows(text, 5, 0, 99)
     assert windows.document.tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 2], [2, 2, 3, 3, 3], [3, 3, 3, 3, 3]]
-    number, unit = eval_ppl.clusters(eval_ppl.cut_windows(text, 5, 2, 99).document)
+    number, unit = texts.clusters(texts.cut_windows(text, 5, 2, 99).document)
     assert number.tolist() == [[0, 0, 0, 0, 1], [2, 2, 2, 2, 2]] and unit == "documents"
-    number, unit = eval_ppl.clusters(np.full((3, 2), 7))                    # one document: its windows
+    number, unit = texts.clusters(np.full((3, 2), 7))                    # one document: its windows
     assert number.tolist() == [[0, 0], [1, 1], [2, 2]] and unit == "windows"
 
 
@@ -335,10 +337,10 @@ def test_articles_of_wikitext_begin_at_their_titles(tmp_path):
     for encoding in (tokenizer.build_encoding(spec), bytes_encoding(tmp_path)):
         for before in ("", "No article.\n \n"):
             ids = tokenizer.encode_text(encoding, before + "".join(articles)).astype(np.int64)
-            starts = eval_ppl.article_starts(before + "".join(articles), ids, encoding)
+            starts = texts.article_starts(before + "".join(articles), ids, encoding)
             pieces = [encoding.decode(part.tolist()) for part in np.split(ids, starts)]
             assert pieces == [before, *articles]
-    assert len(eval_ppl.article_starts("no = title = \n \n", ids[:1], encoding)) == 0
+    assert len(texts.article_starts("no = title = \n \n", ids[:1], encoding)) == 0
 
 
 def test_the_test_split_of_wikitext_has_its_articles(tmp_path):
@@ -346,9 +348,9 @@ def test_the_test_split_of_wikitext_has_its_articles(tmp_path):
     path = Path(ROOT, "..", "shared", "data", "wikitext-2", "wiki.test.raw")
     if not path.exists():
         pytest.skip("needs WikiText-2")
-    text = eval_ppl.read_text(path)
+    text = read_text(path)
     encoding = bytes_encoding(tmp_path)
-    starts = eval_ppl.article_starts(text, np.frombuffer(text.encode(), np.uint8), encoding)
+    starts = texts.article_starts(text, np.frombuffer(text.encode(), np.uint8), encoding)
     assert len(starts) == 60
 
 
@@ -369,12 +371,12 @@ def test_one_reader_for_text(tmp_path):
     path = tmp_path / "my text.txt"
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):                   # a byte order mark names its encoding
         path.write_bytes(TEXT.encode(encoding))
-        assert eval_ppl.read_text(path) == TEXT
+        assert read_text(path) == TEXT
     for encoding, name in [("utf-16-le", "UTF-16"), ("latin-1", "Latin-1")]:
         plain = TEXT.replace("\u4e2d\u6587", "")
         path.write_bytes(plain.encode(encoding))
         with pytest.raises(ValueError, match=name) as error:
-            eval_ppl.read_text(path)
+            read_text(path)
         hint = str(error.value)[str(error.value).rindex(": cat ") + 2:]
         subprocess.run(hint, shell=True, check=True, cwd=tmp_path)      # works when typed in
         assert (tmp_path / "utf8.txt").read_text() == plain
@@ -385,13 +387,13 @@ def test_bytes_and_words_are_those_of_the_text(tmp_path):
     ids = encoding.encode_ordinary(TEXT)
     for T in (2, 7, 64):
         n = len(ids) // T
-        x = eval_ppl.cut_windows(text_of([np.array(ids)]), T, 0, encoding.eot_token).ids
+        x = texts.cut_windows(text_of([np.array(ids)]), T, 0, encoding.eot_token).ids
         text = TEXT.encode()[:n * T]
-        n_bytes, n_words = eval_ppl.token_sizes(x, encoding)
+        n_bytes, n_words = texts.token_sizes(x, encoding)
         assert n_bytes.shape == n_words.shape == (n, T)
         assert (n_bytes.sum(), n_words.sum()) == (n * T, len(text.split()))
     eot = encoding.eot_token
-    n_bytes, n_words = eval_ppl.token_sizes(np.array([[97, 97, eot, 97, 32, 97]]), encoding)
+    n_bytes, n_words = texts.token_sizes(np.array([[97, 97, eot, 97, 32, 97]]), encoding)
     assert n_bytes.tolist() == [[1, 0, 1, 1, 1]]                            # a|a<eot>a a
     assert n_words.tolist() == [[0, 0, 1, 0, 1]]
 
@@ -662,7 +664,7 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
 
 
 def test_a_model_that_beats_word_frequencies_is_not_called_ignorant(capsys):
-    r = {"checkpoint": "a", "method": "m", "text": "t", "clusters": "windows", "tokens": {"all": [1]},
+    r = {"checkpoint": "a", "method": "m", "suffix": None, "text": "t", "clusters": "windows", "tokens": {"all": [1]},
          "all": {"perplexity": 94.0}, "unigram": {"perplexity": 100.0}, "prompt_lengths": {}, "context": {},
          "block_size": 4, "windows": 1, "documents": {"bytes": [1]}}
     eval_ppl.show([r])
@@ -769,10 +771,10 @@ def serve(tmp_path, monkeypatch):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
-        monkeypatch.setattr(eval_ppl, "WIKITEXT_URL",
+        monkeypatch.setattr(texts, "WIKITEXT_URL",
                             f"http://127.0.0.1:{server.server_address[1]}/wikitext.zip")
-        monkeypatch.setattr(eval_ppl, "WIKITEXT_SHA256", sha256 or hashlib.sha256(content).hexdigest())
-        monkeypatch.setattr(eval_ppl, "WIKITEXT_TEST_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+        monkeypatch.setattr(texts, "WIKITEXT_SHA256", sha256 or hashlib.sha256(content).hexdigest())
+        monkeypatch.setattr(texts, "WIKITEXT_TEST_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     yield start
     for server in servers:
         server.shutdown()

@@ -1,0 +1,132 @@
+"""
+Fine-tuning: the whole model is trained on a task, with a linear head on its pooled features.
+
+    predictions, how, by_seed = finetune_seeds(model, task, eot, "mean", args)
+
+The learning rate is chosen on held-out training examples. Every seed starts again from the model that is given,
+which stays as it is.
+"""
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from features import collate, extract, pooled_features
+from glue_data import METRICS, subset
+from probe import held_out
+
+# --finetune: right for models of a few million parameters. Published recipes for BERT's size and
+# above, 1e-5 to 8e-5, lie all below: --lr 1e-5 2e-5 4e-5 8e-5
+LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3]
+
+
+def finetune_seeds(model, task, eot, kind, args):
+    """Fine-tune with `--seeds` seeds. task: with token ids as examples. kind: of pooling.
+
+    The learning rate is chosen by the task's first metric on the held-out tenth of the training
+    split, with seed 0. The median seed is that of this metric on the first dev set.
+
+    Returns (predictions of the median seed on each dev set; a dict that says how the rate was
+    chosen; the predictions of every seed).
+    """
+    metric = METRICS[task.metrics[0]]
+    n_classes = len(task.classes)
+    rates = sorted(set(args.lr))
+    train = task.train
+
+    # Choose the learning rate
+    best = 0
+    values = []
+    if len(rates) > 1:
+        out = held_out(train.groups)
+        rest = subset(train, np.flatnonzero(~out))
+        judged = subset(train, np.flatnonzero(out))
+        for lr in rates:
+            [predicted] = finetune(model, rest, [judged], n_classes, eot, kind, lr, 0, args)
+            values.append(metric(predicted, judged.y))
+        best = best_rate(values)
+
+    # Fine-tune on all of the training split
+    dev = list(task.dev.values())
+    by_seed = [finetune(model, train, dev, n_classes, eot, kind, rates[best], seed, args)
+               for seed in range(args.seeds)]
+    order = sorted(range(args.seeds), key=lambda seed: metric(by_seed[seed][0], dev[0].y))
+    median = order[(args.seeds - 1) // 2]
+
+    at_edge = len(rates) > 1 and best in (0, len(rates) - 1)
+    how = {"lr": rates[best], "at_edge": at_edge, "held_out": dict(zip(map(str, rates), values))}
+    return by_seed[median], how, by_seed
+
+
+def best_rate(values):
+    """Index of the largest of the values, one per learning rate in ascending order. Of equal ones
+    that nearest to the middle of the grid: [1, 1, 1, 0] -> 1."""
+    middle = (len(values) - 1) / 2
+    ties = [i for i, value in enumerate(values) if value == max(values)]
+    return min(ties, key=lambda i: abs(i - middle))
+
+
+def finetune(model, train, tests, n_classes, eot, kind, lr, seed, args):
+    """Train a copy of the model and a linear head on it: AdamW, warmup and linear decay.
+
+    train and the members of tests are Splits of token ids. Returns the predictions on each test set.
+    The model itself is left as it is, so every run begins at the checkpoint.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    device = next(model.parameters()).device
+    model = copy.deepcopy(model).train()
+
+    # The head starts at 0, or at the mean score
+    head = torch.nn.Linear(model.config.n_embd, n_classes or 1).to(device)
+    torch.nn.init.zeros_(head.weight)
+    target = torch.from_numpy(train.y).to(device)                               # (n,)
+    if not n_classes:
+        torch.nn.init.constant_(head.bias, float(train.y.mean()))
+        target = target.float()
+
+    # Batches, epoch after epoch
+    n = len(train.y)
+    cuts = range(args.batch_size, n, args.batch_size)
+    order = []
+    for _ in range(args.epochs):
+        order += np.split(rng.permutation(n), cuts)
+
+    # Optimizer: 6 % warmup, then linear decay to 0
+    steps = len(order)
+
+    def schedule(step):
+        warmup = (step + 1) / (0.06 * steps + 1)
+        decay = 1 - step / steps
+        return min(warmup, decay)
+
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+
+    # Train
+    for index in tqdm(order, desc=f"finetune lr {lr:g} seed {seed}", leave=False, disable=None):
+        ids, valid = collate([train.examples[i] for i in index], eot, device)
+        features = pooled_features(model, ids, valid, args.layer, [kind])[kind]     # (B, C)
+        scores = head(features)                                                     # (B, K)
+        if n_classes:
+            loss = F.cross_entropy(scores, target[index])
+        else:
+            loss = F.mse_loss(scores[:, 0], target[index])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+
+    # Predict
+    predictions = []
+    model.eval()
+    for test in tests:
+        features = extract(model, test.examples, eot, args.layer, [kind])[kind]
+        with torch.inference_mode():
+            scores = head(features.to(device)).cpu()
+        predictions.append((scores.argmax(dim=1) if n_classes else scores[:, 0].double()).numpy())
+    return predictions

@@ -1,0 +1,611 @@
+"""
+From the results of runs to differences, errors, tables and figures: what compare.py does with its numbers.
+
+    python report.py results/objectives.json                    # the tables of a finished comparison
+    python report.py results/objectives.json --against ar mlm --rows "perplexity" --plot claims.png
+
+    runs    {setting: {seed: run}}, and run["measurements"] is {measurement: numbers}, as in compare.json
+    tests   {name: contents} of the test sets, which the measurements refer to
+
+Two settings are compared by the difference of runs with the same seed, averaged over the seeds. A difference
+of log perplexities is printed as a ratio of perplexities, one of probes in points. It has two errors:
+
+    over seeds     se_seeds = (standard deviation of the differences) / sqrt(number of seeds)
+    over the test  se_test = standard deviation of the mean difference over resamples of the test documents
+                   (examples, where they are independent), the same for both settings and all seeds
+
+RULE below says when such a difference is called shown. Why Student's t in it and not 2: the spread of three
+seeds is itself uncertain. With 2, pure noise between seeds would pass in 18 % of all cases; with t in 5 %.
+That holds per row: of 40 rows without any difference, two may pass.
+"""
+import argparse
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common import DataError, Help, check_plot, one_line_errors, save_figure
+from glue_data import METRICS
+
+RULE = """\
+A difference is shown if it has the same sign in every seed and
+|mean| > sqrt((t se_seeds)^2 + (2 se_test)^2), with Student's t for that many seeds (3 seeds: 4.30).
+Otherwise it may be chance: other seeds, or another text, could turn it round."""
+
+# Student's t, 97.5 % quantile, by number of seeds (with one seed nothing is known about their spread)
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+RESAMPLES = 500
+
+# -----------------------------------------------------------------------------
+# Is a difference more than chance?
+
+def is_shown(by_seed, se_test):
+    """RULE. by_seed: (seeds,) differences, at least two."""
+    n = len(by_seed)
+    t = STUDENT.get(n, STUDENT[10])                         # more than ten: a little too strict
+    se_seeds = by_seed.std(ddof=1) / math.sqrt(n)
+    same_sign = (by_seed > 0).all() or (by_seed < 0).all()
+    return bool(same_sign and abs(by_seed.mean()) > math.hypot(t * se_seeds, 2 * se_test))
+
+
+def errors(pairs):
+    """The difference of two settings with both errors and the verdict, as a dict.
+
+    pairs: [(a, b)] of arrays (1 + RESAMPLES,), one pair per seed. "se_seeds" is None with one seed; then
+    "shown" is None too, as nothing can be said. Arrays (1,), of what has no resamples: "se_test" is None.
+    """
+    differences = np.array([a - b for a, b in pairs])       # (seeds, 1 + RESAMPLES), or (seeds, 1)
+    by_seed = differences[:, 0]
+    mean = float(by_seed.mean())
+    resamples = differences.mean(axis=0)[1:]
+    se_test = float(resamples.std(ddof=1)) if len(resamples) else None
+    se_seeds = None
+    shown = None
+    if len(pairs) > 1:
+        se_seeds = float(by_seed.std(ddof=1) / math.sqrt(len(pairs)))
+        shown = is_shown(by_seed, se_test or 0)
+    return {"mean": mean, "by_seed": by_seed.tolist(), "se_seeds": se_seeds, "se_test": se_test,
+            "shown": shown}
+
+
+def find_differences(runs, tests, against):
+    """Every setting against each of the settings in `against`: a list of dicts, one per measurement."""
+    samples = {}
+    for setting, by_seed in runs.items():
+        samples[setting] = {seed: resample_run(run, tests) for seed, run in by_seed.items()}
+
+    out = []
+    for setting, reference in pairs_of_settings(list(runs), against):
+        for name in names_to_compare(runs[setting], runs[reference]):
+            # Pairs of runs with the same seed that both have this measurement
+            pairs = []
+            same_test = True
+            for seed in runs[setting]:
+                a = find(name, runs[setting].get(seed))
+                b = find(name, runs[reference].get(seed))
+                if a and b:
+                    pairs.append((samples[setting][seed][a], samples[reference][seed][b]))
+                    same_test &= test_of(runs[setting][seed], a) == test_of(runs[reference][seed], b)
+            if not pairs:
+                continue
+
+            found = errors(pairs)
+            if not same_test:                       # another text or other labels cannot be paired
+                found |= {"se_test": None, "shown": None}
+            out.append({"setting": setting, "against": reference, "measurement": name, **found})
+    return out
+
+
+def pairs_of_settings(settings, against):
+    """[(setting, reference)], no pair twice."""
+    pairs = []
+    for reference in against:
+        for setting in settings:
+            if setting != reference and (reference, setting) not in pairs:
+                pairs.append((setting, reference))
+    return pairs
+
+
+def names_to_compare(*by_seeds):
+    """The measurements that any of these runs has, without the baselines, in the table's order."""
+    names = {}                                      # a set that keeps the order
+    for by_seed in by_seeds:
+        for run in by_seed.values():
+            for name, measured in run["measurements"].items():
+                if "test" in measured and not measured.get("baseline"):
+                    names[name] = None
+    return list(names)
+
+
+def find(name, run):
+    """The name under which a run has a measurement; None if it does not have it.
+
+    A model that has seen every number of masks in training has no line "masks as in training" of its own:
+    its plain line is that.
+    """
+    if run is None:
+        return None
+    candidates = [name, name.removesuffix(MATCHED)]
+    return next((name for name in candidates if name in run["measurements"]), None)
+
+
+def test_of(run, name):
+    return run["measurements"][name]["test"]
+
+# -----------------------------------------------------------------------------
+# Resampling the test documents or examples
+
+def resample(statistic, n):
+    """A statistic of n independent test units (documents, examples) and its resamples:
+    (1 + RESAMPLES,) float64.
+
+    statistic(times) -> float, where times (n,) says how often each unit counts: first 1 for all of them,
+    then as often as it is drawn when n units are drawn with replacement. The draws depend on n alone. So
+    all runs see the same ones, and a difference of two results is paired.
+    """
+    rng = np.random.default_rng(0)
+    values = [statistic(np.ones(n, dtype=np.int64))]
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(n, size=n)
+        values.append(statistic(np.bincount(drawn, minlength=n)))
+    return np.array(values)
+
+
+def resample_perplexity(measured):
+    """Mean nats per token, (1 + RESAMPLES,): the documents are resampled."""
+    nats = np.array(measured["nats"])               # (documents,), sums over the scored tokens
+    tokens = np.array(measured["tokens"])           # (documents,), how many those are
+
+    def mean_nats(times):
+        return times @ nats / max(1, times @ tokens)
+
+    return resample(mean_nats, len(nats))
+
+
+def resample_probe(measured, test):
+    """A probe's metric in points, (1 + RESAMPLES,): the groups of test examples are resampled."""
+    predicted = decode(measured["predictions"])     # (examples,)
+    true = decode(test["labels"])                   # (examples,)
+    metric = METRICS[measured["metric"]]
+    group = np.arange(len(true))
+    if test["groups"] is not None:
+        group = np.unique(test["groups"], return_inverse=True)[1]
+
+    def points(times):
+        index = np.repeat(np.arange(len(true)), times[group])
+        return 100 * metric(predicted[index], true[index])
+
+    return resample(points, group.max() + 1)
+
+
+def decode(values):
+    """Classes, one base-36 digit per example ("0a2" -> [0, 10, 2]), or a list of scores, as an array."""
+    if isinstance(values, str):
+        return np.array([int(digit, 36) for digit in values])
+    return np.array(values)
+
+
+def resample_run(run, tests):
+    """{measurement: (1 + RESAMPLES,)} of one run."""
+    out = {}
+    for name, measured in run["measurements"].items():
+        if "nats" in measured:
+            out[name] = resample_perplexity(measured)
+        elif "predictions" in measured:
+            out[name] = resample_probe(measured, tests[measured["test"]])
+        elif "minus" in measured:                   # a gain: model less embeddings, on the same resamples
+            out[name] = out[measured["of"]] - out[measured["minus"]]
+        elif name.startswith(SPECTRUM):             # the same contexts for all runs: not resampled
+            out[name] = np.log([measured["value"]])
+    return out
+
+# -----------------------------------------------------------------------------
+# From the JSON files of the evaluations to measurements
+
+MATCHED = ", masks as in training"
+UNIGRAM = "perplexity, word frequencies alone"
+SPECTRUM = "spectrum: "
+BASELINES = {"embeddings": "its input embeddings", "untrained": "before training"}
+
+
+def perplexities(result, tests):
+    """The measurements in a result of eval_ppl.py. Adds its test set to `tests`."""
+    contents = {"text_sha256": result.get("text_sha256"), **result["documents"]}
+    test = remember(tests, result["text"], contents)
+    kind = MATCHED if result["suffix"] == "matched" else ""
+    numbers = {f"perplexity after {k}": (k, found) for k, found in result["prompt_lengths"].items()}
+    numbers["perplexity, all"] = ("all", result["all"])
+
+    out = {}
+    for name, (k, found) in numbers.items():
+        nats = [round(nats, 3) for nats in result["nats"][k]]
+        out[name + kind] = {"value": found["perplexity"], "test": test, "tokens": result["tokens"][k],
+                            "nats": nats}
+    if result["unigram"] and not kind:
+        out[UNIGRAM] = {"value": result["unigram"]["perplexity"]}
+    return out
+
+
+def probes(result, tests):
+    """The measurements in a result of eval_glue.py: the model, its baseline, and the gain over it."""
+    out = {}
+    for row in result["results"]:
+        contents = result["tests"][row["task"]]
+        test = remember(tests, row["task"], {"labels": contents["labels"], "groups": contents["groups"]})
+        source = "embeddings" if row.get("embeddings") else "untrained"
+        name = probe_name(row)
+        baseline = f"{name}: {BASELINES[source]}"
+
+        # The three lines of the table
+        common = {"test": test, "metric": row["metric"]}
+        points = 100 * row["model"]["value"]
+        points_below = 100 * row[source]["value"]
+        out[name] = {"value": points, **common, "predictions": row["model"]["predictions"]}
+        out[baseline] = {"value": points_below, **common, "baseline": True,
+                         "predictions": row[source]["predictions"]}
+        out[f"{name}: gain over {BASELINES[source]}"] = {
+            "value": points - points_below, "test": test, "of": name, "minus": baseline}
+    return out
+
+
+def spectra(result, tests):
+    """The measurements in a result of spectrum.py: positive numbers, compared by their ratio."""
+    test = f"{result['contexts']} contexts, seed {result['seed']}"
+    values = {"chi2": result["chi2"], "chi2, extrapolated": result["chi2_limit"],
+              "mean hitting time": result["hitting"], "effective rank": result.get("effective_rank")}
+    for i in (2, 16, 128):
+        if i <= len(result["singular_values"]):
+            values[f"s_{i}"] = result["singular_values"][i - 1]
+    return {SPECTRUM + name: {"value": value, "test": test} for name, value in values.items() if value}
+
+
+READERS = {"eval_ppl.py": perplexities, "eval_glue.py": probes, "spectrum.py": spectra}
+
+
+def read_curve(path):
+    """[(tokens, validation loss), ...] of a run, from its log.jsonl. Damaged lines are left out."""
+    curve = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if "val_loss" in line:
+            curve.append((line["tokens"], line["val_loss"]))
+    return curve
+
+
+def probe_name(row):
+    """Whatever makes two rows of one task differ: "RTE, accuracy, mean, layer 2, 500 examples"."""
+    parts = [row["task"], row["metric"], row["pool"]]
+    if row["layer"] is not None:
+        parts.append(f"layer {row['layer']}")
+    if row["directions"] is not None:
+        parts.append(f"{row['directions']} directions")
+    if row["max_train"]:
+        parts.append(f"{row['max_train']} examples")
+    if row["protocol"] == "finetune":
+        parts.append("fine-tuned")
+    return ", ".join(parts)
+
+
+def remember(tests, name, contents):
+    """Store a test set once; returns its key, which two runs share only if it is the same for both."""
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    key = f"{name} {digest[:8]}"
+    tests[key] = contents
+    return key
+
+
+def all_runs(runs):
+    """The runs of all settings and seeds, a list."""
+    return [run for by_seed in runs.values() for run in by_seed.values()]
+
+# -----------------------------------------------------------------------------
+# Tables, in Markdown
+
+def show(runs, differences, rows=""):
+    """Print both tables. rows: a regular expression, only the measurements that it finds."""
+    seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
+    print(f"\nmean over seeds {seeds} [least, greatest]; probes in percent\n\n{table(runs, rows)}")
+    wanted = [found for found in differences if re.search(rows, found["measurement"])]
+    if wanted:
+        print(f"\n{RULE}\n\n{difference_table(wanted)}")
+
+
+def table(runs, rows=""):
+    """One column per setting: mean over the seeds [least, greatest]. rows: see `show`."""
+    names = {}                                      # a set that keeps the order
+    for run in all_runs(runs):
+        names |= dict.fromkeys(name for name in run["measurements"] if re.search(rows, name))
+
+    lines = [["", *runs]]
+    for name in names:
+        row = [name]
+        for by_seed in runs.values():
+            found = [run["measurements"].get(name) for run in by_seed.values()]
+            values = [measured["value"] for measured in found if measured]
+            digits = 3 if name.startswith(f"{SPECTRUM}s_") else 1
+            row.append(spread(values, digits) if values else "-")
+        lines.append(row)
+    return markdown(lines)
+
+
+def spread(values, digits=1):
+    """Mean [least, greatest], with as many digits as make sense."""
+    mean = np.mean(values)
+    return with_range(mean, min(values), max(values), digits=0 if mean >= 100 else digits)
+
+
+def with_range(mean, least, greatest, digits):
+    """12.3 [11.9, 12.8]"""
+    return f"{mean:.{digits}f} [{least:.{digits}f}, {greatest:.{digits}f}]"
+
+
+def difference_table(differences):
+    """One row per difference: mean over seeds [least, greatest], both errors, and the verdict."""
+    rows = [["difference", "measurement", "mean over seeds", "se seeds", "se test", "verdict"]]
+    for found in differences:
+        mean = found["mean"]
+        least = min(found["by_seed"])
+        greatest = max(found["by_seed"])
+
+        # Logarithms become a ratio, points stay points
+        sign, unit, digits, scale = "-", "points", 1, 1.0
+        if found["measurement"].startswith(("perplexity", SPECTRUM)):
+            sign, unit, digits = "/", "ratio", 3
+            mean, least, greatest = np.exp([mean, least, greatest])
+            scale = mean                            # of an error: d exp(x) = exp(x) dx
+
+        def error(kind):
+            return "-" if found[kind] is None else f"{scale * found[kind]:.{digits}f}"
+
+        settings = f"{found['setting']} {sign} {found['against']}"
+        measurement = f"{found['measurement']}, {unit}"
+        verdict = {True: "shown", False: "not shown", None: "-"}[found["shown"]]
+        rows.append([settings, measurement, with_range(mean, least, greatest, digits),
+                     error("se_seeds"), error("se_test"), verdict])
+    return markdown(rows)
+
+
+def markdown(rows):
+    """Rows of strings as a Markdown table that also reads well on a screen. The first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    lines.insert(1, f"|{rule}|")
+    return "\n".join(lines)
+
+# -----------------------------------------------------------------------------
+# Figures. Colours that the colour-blind can tell apart (Okabe and Ito 2008), and markers besides
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+MARKERS = "osD^vP*X"
+
+
+def style(i):
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+
+
+def plot(runs, tests, path):
+    """The paper's two sides in one figure: generation (perplexity by prompt length) and what linear
+    probes read from context (gain over the input embeddings). Bands and bars: lowest and highest seed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot_perplexity(runs, left)
+    plot_gains(runs, tests, right)
+    save_figure(figure, path)
+
+
+def plot_perplexity(runs, axes):
+    # One curve per setting
+    ends = draw_curves(runs, axes, perplexity_points)
+    level = without_context(runs)
+    if level:
+        dotted(axes, level)
+
+    # Both axes are logarithmic. Prompt lengths 1, 4, 16, ... are named
+    axes.set(xscale="log", yscale="log", xlabel="prompt length (tokens)",
+             ylabel="perplexity of the next token", title="Generation (lower is better)")
+    plain_numbers(axes.yaxis)
+    lengths = {k for run in all_runs(runs) for k, _ in perplexity_points(run)}
+    ticks = [k for k in sorted(lengths) if math.log2(k) % 2 == 0]
+    axes.set_xticks(ticks, ticks, minor=False)
+    axes.set_xticks([], minor=True)
+    label_ends(axes, ends)
+
+
+def plot_curves(runs, path):
+    """Validation loss of each setting by tokens seen. The loss is that of its own objective."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    ends = draw_curves(runs, axes, loss_points)
+    level = without_context(runs)
+    if level:
+        dotted(axes, math.log(level))
+    axes.set(xlabel="tokens seen (millions)", ylabel="validation loss (nats per scored token)",
+             title="Each objective's own loss")
+    label_ends(axes, ends)
+    save_figure(figure, path)
+
+
+def draw_curves(runs, axes, points):
+    """One curve per setting, with a band over its seeds. points(run): the (x, y) of one run.
+
+    Returns [(last x, last y, setting, colour), ...] for `label_ends`.
+    """
+    ends = []
+    for i, (setting, by_seed) in enumerate(runs.items()):
+        # {x: values of the seeds}
+        curve = {}
+        for run in by_seed.values():
+            for x, y in points(run):
+                curve.setdefault(x, []).append(y)
+        if not curve:
+            continue
+
+        # Mean as a line, lowest to highest as a band
+        xs = sorted(curve)
+        lowest = [min(curve[x]) for x in xs]
+        highest = [max(curve[x]) for x in xs]
+        mean = [np.mean(curve[x]) for x in xs]
+        colour = style(i)["color"]
+        axes.fill_between(xs, lowest, highest, alpha=0.2, linewidth=0, color=colour)
+        axes.plot(xs, mean, **style(i))
+        ends.append((xs[-1], mean[-1], setting, colour))
+    return ends
+
+
+def perplexity_points(run):
+    """Yield (prompt length, perplexity) of a run."""
+    for name, measured in run["measurements"].items():
+        found = re.fullmatch(r"perplexity after (\d+)", name)
+        if found:
+            yield int(found[1]), measured["value"]
+
+
+def loss_points(run):
+    """(million tokens, validation loss) of a run, a list."""
+    return [(tokens / 1e6, loss) for tokens, loss in run["curve"]]
+
+
+def without_context(runs):
+    """The perplexity of word frequencies alone, None if it was not measured."""
+    for run in all_runs(runs):
+        if UNIGRAM in run["measurements"]:
+            return run["measurements"][UNIGRAM]["value"]
+    return None
+
+
+def dotted(axes, level):
+    axes.axhline(level, color="gray", linestyle=":")
+    axes.annotate("word frequencies alone", (1, level), xycoords=("axes fraction", "data"),
+                  xytext=(0, 3), textcoords="offset points", color="gray", fontsize=9, ha="right")
+
+
+def plain_numbers(axis):
+    """5, 10, 20, 50, 100, ... along a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def label_ends(axes, ends):
+    """Write each setting at the end of its line. Labels that would overlap are moved apart."""
+    axes.spines[["top", "right"]].set_visible(False)        # room for the labels
+    axes.figure.draw_without_rendering()                    # settles the scales
+    gap = 13                                                # points, the height of a label
+    above = -math.inf
+    for x, y, setting, colour in sorted(ends, key=lambda end: end[1]):
+        height = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
+        placed = max(height, above + gap)
+        above = placed
+        axes.annotate(setting, (x, y), xytext=(8, placed - height), textcoords="offset points",
+                      color=colour, va="center", annotation_clip=False)
+
+
+def plot_gains(runs, tests, axes):
+    # {measurement: name below the axis}. The leading directions only where there is nothing else
+    names = {}
+    for run in all_runs(runs):
+        for name, measured in run["measurements"].items():
+            if "minus" in measured:
+                short = name.split(": gain")[0].replace(", accuracy", "").replace("stdlib-", "")
+                names[name] = short.replace(", ", "\n")
+    whole = {name: short for name, short in names.items() if "directions" not in name}
+    names = whole or names
+
+    for i, (setting, by_seed) in enumerate(runs.items()):
+        samples = [resample_run(run, tests) for run in by_seed.values()]
+        shift = (i - (len(runs) - 1) / 2) * 0.8 / len(runs)         # side by side within a measurement
+        label = setting
+        for place, name in enumerate(names):
+            gains = np.array([sample[name] for sample in samples if name in sample])
+            if not len(gains):
+                continue
+
+            # Thick bar: lowest to highest seed. Dot: mean. Whisker: standard error over test examples
+            x = place + shift
+            gain = gains[:, 0]                                      # (seeds,)
+            se_test = gains.mean(axis=0)[1:].std(ddof=1)
+            axes.plot([x, x], [gain.min(), gain.max()], color=style(i)["color"], alpha=0.35,
+                      linewidth=7, solid_capstyle="butt")
+            axes.errorbar(x, gain.mean(), se_test, capsize=3, linewidth=1, label=label, **style(i))
+            label = None                                            # once in the legend
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names.values(), fontsize=9)
+    axes.set(ylabel="points above its input embeddings",
+             title="Linear probes (higher is better)")
+    if names:
+        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                           frameon=False)
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def build_parser():
+    p = argparse.ArgumentParser(description="The tables and figures of a finished comparison.",
+                                formatter_class=Help)
+    p.add_argument("file", help="compare.json of a comparison, or a file in results/")
+    p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
+    p.add_argument("--against", nargs="+", metavar="SETTING",
+                   help="settings that the others are compared with (default: the first)")
+    p.add_argument("--rows", default="", metavar="REGEX", help="only measurements whose names match")
+    p.add_argument("--plot", metavar="FILE", help="draw perplexity by prompt length and probe gains")
+    p.add_argument("--curves", metavar="FILE", help="draw validation loss by tokens seen")
+    return p
+
+
+def read(path, settings):
+    """(runs, tests) of a comparison, only these settings. Raises DataError."""
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        runs = contents["runs"]
+        tests = contents["tests"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} was not written by compare.py: {error!r}") from None
+    missing = [name for name in settings or [] if name not in runs]
+    if missing:
+        raise DataError(f"{path} has no setting {missing[0]!r}, only: {', '.join(runs)}")
+    return {name: runs[name] for name in settings or runs}, tests
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    with one_line_errors():
+        check_plot(args.plot)
+        check_plot(args.curves)
+        runs, tests = read(args.file, args.runs)
+        against = args.against or list(runs)[:1]
+        unknown = [name for name in against if name not in runs]
+        if unknown:
+            raise DataError(f"--against {unknown[0]!r} is not one of: {', '.join(runs)}")
+        try:
+            re.compile(args.rows)
+        except re.error as error:
+            raise DataError(f"--rows {args.rows!r} is not a regular expression: {error}") from None
+
+        show(runs, find_differences(runs, tests, against), args.rows)
+        if args.plot:
+            plot(runs, tests, args.plot)
+        if args.curves:
+            plot_curves(runs, args.curves)
+
+
+if __name__ == "__main__":
+    main()
