@@ -4,7 +4,7 @@ From the results of runs to differences, errors, tables and figures: what compar
     python report.py results/objectives.json                                # all that it measured
     python report.py results/objectives.json --against ar mlm --rows "perplexity"       # some rows
     python report.py results/objectives.json --plot claims.png --curves curves.png
-    python report.py results/few.json --rows "perplexity, all$|chi2$" --budgets passes.png
+    python report.py results/few-122880.json --rows "all$|chi2$" --budgets few.png
 
     runs    {setting: {seed: run}}, and run["measurements"] is {measurement: numbers}, as in compare.json
     tests   {name: contents} of the test sets, which the measurements refer to
@@ -485,8 +485,9 @@ def plot_budgets(runs, rows, path):
     high = math.ceil(len(names) / 2)
     wide = min(len(names), 2)
     figure = Figure(figsize=(5.5 * wide, 3.6 * high), layout="constrained")
-    panels = figure.subplots(high, wide, squeeze=False).flat
-    for name, axes in zip(names, panels):
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(high, wide, i + 1)
+
         def point(run):
             measured = run["measurements"].get(name)
             return [(run["curve"][-1][0] / 1e6, measured["value"])] if measured else []
