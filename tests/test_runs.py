@@ -429,7 +429,12 @@ def test_no_thread_of_the_process_group_meets_the_end_of_the_interpreter(data_di
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import train\n"
         "def show():\n"
-        "    names = [open(path).read().strip() for path in glob.glob('/proc/self/task/*/comm')]\n"
+        "    names = []\n"
+        "    for path in glob.glob('/proc/self/task/*/comm'):\n"
+        "        try:\n"
+        "            names.append(open(path).read().strip())\n"
+        "        except OSError:\n"                             # the thread has ended meanwhile
+        "            pass\n"
         f"    with open({str(tmp_path)!r} + '/threads-' + os.environ['RANK'], 'w') as file:\n"
         "        file.write(' '.join(names))\n"
         "atexit.register(show)\n"
