@@ -551,6 +551,24 @@ def read_config(out_dir):
     return config
 
 
+DATASET_DIGESTS = ("meta", "tokenizer")     # a dataset's description and its vocabulary
+
+
+def dataset_digests(folder, names=DATASET_DIGESTS):
+    """{name: sha256 of its .json file} of a dataset. train.py stores it in config.json as "dataset"."""
+    return {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in names}
+
+
+def check_dataset(folder, checkpoint, digests):
+    """Raises DataError if a dataset is not, byte for byte, the one that a checkpoint was trained on.
+
+    digests: what the checkpoint's config.json says of it. Only the files that it names are compared.
+    """
+    if dataset_digests(folder, digests) != digests:
+        raise DataError(f"{folder} is not the dataset that {checkpoint} was trained on: "
+                        "it was prepared again, or --data_dir names another folder")
+
+
 def read_checkpoint(out_dir, device="cpu"):
     """The raw contents of a checkpoint folder: (state, config.json as a dict). Raises DataError, one line.
 

@@ -318,6 +318,7 @@ def all_runs(runs):
 
 WIDE = 6                    # settings: more columns do not fit on a page
 
+
 def show(runs, differences, rows=""):
     """Print both tables. rows: a regular expression, only the measurements that it finds."""
     seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
@@ -364,7 +365,8 @@ def mean_and_range(values, digits=1):
 
 def with_range(mean, least, greatest, digits):
     """12.3 [11.9, 12.8]"""
-    return f"{mean:.{digits}f} [{least:.{digits}f}, {greatest:.{digits}f}]"
+    numbers = [f"{value:.{digits}f}" for value in (mean, least, greatest)]
+    return "{} [{}, {}]".format(*numbers)
 
 
 def difference_table(differences):
@@ -486,24 +488,29 @@ def plot_budgets(runs, rows, path):
     wide = min(len(names), 2)
     figure = Figure(figsize=(5.5 * wide, 3.6 * high), layout="constrained")
     for i, name in enumerate(names):
-        axes = figure.add_subplot(high, wide, i + 1)
-
-        def point(run):
-            measured = run["measurements"].get(name)
-            return [(run["curve"][-1][0] / 1e6, measured["value"])] if measured else []
-
-        draw_curves(lines, axes, point)
-        axes.set(xscale="log", xlabel="tokens seen in all (millions)", title=name)
-        plain_numbers(axes.xaxis)
-        if name.startswith(RATIOS):
-            axes.set(yscale="log")
-            plain_numbers(axes.yaxis)
-        axes.spines[["top", "right"]].set_visible(False)
+        plot_budget(lines, name, figure.add_subplot(high, wide, i + 1))
 
     # One legend, as lines that end anywhere leave no room for names at their ends
     legend = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
+
+
+def plot_budget(lines, name, axes):
+    """One measurement against the tokens seen, one curve for each of `lines` ({name: {key: run}})."""
+    def points(run):
+        """(million tokens, value), of a run that has the measurement."""
+        if name in run["measurements"]:
+            tokens, _ = run["curve"][-1]
+            yield tokens / 1e6, run["measurements"][name]["value"]
+
+    draw_curves(lines, axes, points)
+    axes.set(xscale="log", xlabel="tokens seen in all (millions)", title=name)
+    plain_numbers(axes.xaxis)
+    if name.startswith(RATIOS):
+        axes.set(yscale="log")
+        plain_numbers(axes.yaxis)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_curves(runs, axes, points):
@@ -668,9 +675,8 @@ def keep(runs, rows):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     with one_line_errors():
-        check_plot(args.plot)
-        check_plot(args.curves)
-        check_plot(args.budgets)
+        for path in (args.plot, args.curves, args.budgets):
+            check_plot(path)
         runs, tests = read(args.file, args.runs)
         against = args.against or list(runs)[:1]
         unknown = [name for name in against if name not in runs]

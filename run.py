@@ -21,8 +21,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from common import (DataError, file_sha256, hold, output_may_close, read_checkpoint, read_config,
-                    save_checkpoint, save_config, source_digests, write_atomically)
+from common import (DATASET_DIGESTS, DataError, check_dataset, dataset_digests, hold, output_may_close,
+                    read_checkpoint, read_config, save_checkpoint, save_config, source_digests,
+                    write_atomically)
 
 # A run's files, in the order in which they are replaced
 RUN_FILES = ["config.json", "tokenizer.json", "unigram.npy", "log.jsonl", "ckpt.pt"]
@@ -187,24 +188,17 @@ def load_data(args):
     if args.train_tokens:
         shards["train"] = together(lambda: data.few(shards["train"], args.train_tokens))
     if args.resume:
-        in_first_process(lambda: check_dataset(args, folder))
+        in_first_process(lambda: check_dataset_of_run(args, folder))
     return meta, shards
 
 
-def check_dataset(args, folder):
+def check_dataset_of_run(args, folder):
     """Raises DataError if a dataset is not, byte for byte, the one that the run in out_dir began with."""
     before = read_config(args.out_dir).get("dataset")
-    if before is None:
+    if before is None or set(before) != set(DATASET_DIGESTS):
         raise DataError(f"{args.out_dir} does not say which dataset it was trained on "
                         "(an older version wrote it): train it again with --overwrite")
-    if before != dataset_digests(folder):
-        raise DataError(f"{folder} is not the dataset that {args.out_dir} was trained on: "
-                        "it was prepared again, or --data_dir names another folder")
-
-
-def dataset_digests(folder):
-    """sha256 of a dataset's description and of its vocabulary."""
-    return {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in ("meta", "tokenizer")}
+    check_dataset(folder, args.out_dir, before)
 
 # -----------------------------------------------------------------------------
 # The run's folder
@@ -391,10 +385,8 @@ def one_line_stop():
         numbers.append(number)
         sys.exit(128 + number)
 
-    # The other processes end at once: Python would not call `stop` while they wait for the first one
-    first = os.environ.get("RANK", "0") == "0"
     try:
-        with handler(stop if first else signal.SIG_DFL):
+        with handler(in_first_process_only(stop)):
             yield
     except SystemExit:
         if numbers and dist.is_initialized():               # its threads would abort at Python's own end
@@ -402,6 +394,14 @@ def one_line_stop():
         if numbers:
             say_signal(numbers[0])
         raise
+
+
+def in_first_process_only(handle):
+    """What a process does on a signal: the first one calls handle, the others end at once.
+
+    Python would not call handle while they wait for the first one.
+    """
+    return handle if os.environ.get("RANK", "0") == "0" else signal.SIG_DFL
 
 
 def end_at_once(number, frame=None):
@@ -475,11 +475,10 @@ def pick_compile(args, step_flops):
 def compiled(model, batch):
     """The model under torch.compile, tried on one batch. If that fails, says so and returns the model."""
     start = time.time()
-    rank, _ = rank_and_world()
     say("compiling (a second run finds it in the cache) ...")
     try:
         fast = torch.compile(model)
-        with handler(end_at_once if rank == 0 else signal.SIG_DFL):
+        with handler(in_first_process_only(end_at_once)):
             fast(*batch).backward()
         say(f"compiled in {time.time() - start:.0f} s")
     except Exception as error:      # no compiler, a compiler that fails, an unsupported platform: many kinds

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import cooccurrence
 import data
-from common import (DataError, Parser, add_device_flags, align, check_plot, file_sha256, load_checkpoint,
+from common import (DataError, Parser, add_device_flags, align, check_dataset, check_plot, load_checkpoint,
                     one_line_errors, pick_device, pick_dtype, result_path, save_figure,
                     write_result)
 from objectives import OBJECTIVES, Draw, Options, window_size
@@ -180,11 +180,10 @@ def held_out_text(checkpoint, config, data_dir=None):
 
     # The same name may stand for other text or other tokens
     folder = os.path.join(data_dir, train["dataset"])
-    digests = config.get("dataset", {})
-    found = {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in digests}
-    if found != digests or meta["vocab_size"] != config["model"]["vocab_size"]:
+    check_dataset(folder, checkpoint, config.get("dataset", {}))            # older versions did not write it
+    if meta["vocab_size"] != config["model"]["vocab_size"]:
         raise DataError(f"{folder} is not the dataset that {checkpoint} was trained on: "
-                        "--data_dir names another folder")
+                        "its vocabulary has another size")
 
     given = {field.name: train[field.name] for field in fields(Options) if field.name in train}
     return splits["val"], Options(**{**given, "vocab_size": meta["vocab_size"]})

@@ -16,7 +16,7 @@ import numpy as np
 
 import data
 import tokenizer
-from common import DataError, fetch, file_sha256, locked, read_config, unzip
+from common import DataError, check_dataset, fetch, file_sha256, locked, read_config, unzip
 from documents import read_text
 
 
@@ -41,8 +41,9 @@ def from_file(path, encoding, name=None):
     text = read_text(path)
     sha256 = file_sha256(path)
     ids = tokenizer.encode_text(encoding, text).astype(np.int64)
-    return Text(name or f"{Path(path).stem}-{sha256[:8]}", sha256, [ids],
-                [article_starts(text, ids, encoding)])
+    starts = article_starts(text, ids, encoding)
+    name = name or f"{Path(path).stem}-{sha256[:8]}"
+    return Text(name, sha256, [ids], [starts])
 
 
 def validation_split(folder, checkpoint, encoding):
@@ -51,7 +52,6 @@ def validation_split(folder, checkpoint, encoding):
     Raises ValueError, one line, if it is not the dataset that the checkpoint, a folder, was trained on.
     """
     _, splits = data.load(folder.name, str(folder.parent))
-    meta = file_sha256(folder / "meta.json")
     of_dataset = Path(folder, "tokenizer.json").read_text(encoding="utf-8")
     if of_dataset != Path(checkpoint, "tokenizer.json").read_text(encoding="utf-8"):
         raise ValueError(f"the tokenizer of {folder} is not that of {checkpoint}: the dataset was "
@@ -59,11 +59,9 @@ def validation_split(folder, checkpoint, encoding):
 
     # The same tokenizer is not enough: other documents may be val now, some that the model was trained on
     digests = read_config(checkpoint).get("dataset", {})                # older versions did not write it
-    if digests.get("meta", meta) != meta:
-        raise ValueError(f"{folder} is not the dataset that {checkpoint} was trained on: it was prepared "
-                         "again, or --data_dir names another folder")
+    check_dataset(folder, checkpoint, digests)
     starts = [np.flatnonzero(ids == encoding.eot_token) + 1 for ids in splits["val"]]
-    return Text("val", meta, splits["val"], starts)
+    return Text("val", file_sha256(folder / "meta.json"), splits["val"], starts)
 
 
 WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
