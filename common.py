@@ -195,6 +195,21 @@ def locked(folder):
 
 
 @contextlib.contextmanager
+def download_into(folder, otherwise):
+    """As `locked`, for a download to the folder. If it fails, the DataError also says `otherwise`.
+
+    otherwise: what does without the download, for a machine that has no network.
+    """
+    try:
+        with locked(folder):
+            yield
+    except DataError as error:
+        with contextlib.suppress(OSError):                  # not empty: what has arrived stays
+            os.removedirs(folder)
+        raise DataError(f"{error} ({otherwise})") from None
+
+
+@contextlib.contextmanager
 def lock(path, busy=None):
     """Hold the lock file at `path`. While another process holds it, wait, or raise DataError(busy).
 

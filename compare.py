@@ -37,7 +37,7 @@ import objectives
 import report
 from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, read_checkpoint, read_result,
                     source_digests, weights_digest, write_atomically, write_json)
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, Options
 
 HERE = Path(__file__).parent
 
@@ -129,12 +129,19 @@ def parse_setting(text, args):
     # The last of two equal flags counts, so a setting's own come last
     words = ["--preset", "tiny", "--max_iters", str(args.max_iters), *shlex.split(args.train),
              "--objective", *words]
-    options = vars(parse(["train.py", *words]))
-    for name, value in flags.PRESETS[options["preset"]].items():
-        if options[name] is None:
-            options[name] = value
-    objectives.check(argparse.Namespace(**options))
-    return Setting(shlex.join(shlex.split(text)), words, json.loads(json.dumps(options)))
+    given = parse(["train.py", *words])
+    for name, value in flags.PRESETS[given.preset].items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+
+    # What train.py would refuse
+    objectives.check(given)
+    unused = objectives.without_effect(flags.make_options(given, Options.vocab_size))
+    if unused:
+        raise ValueError(f"--runs {text!r}: --{unused[0]} has no effect on {given.objective}, leave it out")
+
+    options = json.loads(json.dumps(vars(given)))           # as config.json holds them
+    return Setting(shlex.join(shlex.split(text)), words, options)
 
 
 OURS = ["--seed", "--out_dir", "--resume", "--overwrite", "--objective"]

@@ -498,6 +498,17 @@ def content_of(source):
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def folder_of(train, data_dir=None):
+    """The folder of the datasets that a run used. train: the flags of its training, in config.json.
+
+    That is data_dir where it is given, or the recorded one. A run that was copied to another machine may
+    record one that does not exist here: then it is DATA_DIR.
+    """
+    recorded = train.get("data_dir", DATA_DIR)
+    exists = os.path.isdir(os.path.join(recorded, train["dataset"]))
+    return data_dir or (recorded if exists else DATA_DIR)
+
+
 def damaged(path, reason, name, data_dir, meta=None):
     """The DataError for a file of a dataset. meta: its meta.json where that is known."""
     return DataError(f"{path} is damaged: {reason}. Make it again: "

@@ -682,8 +682,7 @@ def wanted_text(args, checkpoint):
     """The Text that is asked for, in the checkpoint's vocabulary. Raises ValueError or OSError, one line."""
     if args.val:
         train = checkpoint.config["train"]
-        data_dir = args.data_dir or train.get("data_dir", data.DATA_DIR)
-        folder = Path(data_dir, train["dataset"])
+        folder = Path(data.folder_of(train, args.data_dir), train["dataset"])
         return texts.validation_split(folder, checkpoint.path, checkpoint.encoding)
     if args.text:
         return texts.from_file(args.text, checkpoint.encoding)
@@ -735,11 +734,13 @@ def evaluate_checkpoint(checkpoint, text, windows, args, command):
     if masks_follow:
         notes[0] += f" and {SUFFIXES[suffix]}; all: {args.samples} prompt lengths per window"
     if checkpoint.ahead > 1:
-        notes.append(f"trained on one of the next {checkpoint.ahead} tokens, "
-                     "scored as if it were the next one")
+        notes.append(f"trained on targets up to {checkpoint.ahead} tokens ahead, "
+                     "scored as if they were the next token")
     if checkpoint.unigram is None:
         notes.append("no unigram.npy in the folder, so no word frequencies to compare with")
     ending = f"-{suffix}" if suffix in ("one", "matched") else ""
+    if args.max_windows:                                            # a quick look replaces no full result
+        ending += f"-{args.max_windows}-windows"
     name = f"eval_ppl_{text.name}_{args.method}{ending}.json"
     path = result_path(checkpoint.path, name, args.results)
     notes.append(f"{len(windows.ids)} windows -> {path}")

@@ -149,6 +149,7 @@ def saved_flags(parser, argv, out_dir):
         raise ValueError(f"{out_dir} cannot be resumed: its config.json holds no flags of train.py")
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in saved.items() if name in known})
+    parser.set_defaults(data_dir=data.folder_of(saved))
     args = parser.parse_args(argv)
     args.out_dir = out_dir
     if args.preset == "auto":                   # was settled when the run began

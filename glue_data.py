@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import DataError, fetch, locked, unzip
+from common import DataError, download_into, fetch, unzip
 from data import VAL_FRACTION
 from documents import document_is_val, read_text, stdlib_files
 
@@ -172,8 +172,8 @@ def load_glue(name, glue_dir, download):
     layout = GLUE[name]
     folder = os.path.join(glue_dir, name)
     if download and missing(name, glue_dir):
-        with locked(glue_dir):              # another process may have downloaded it while this one waited
-            download_glue(name, glue_dir)
+        with download_into(folder, "without a network: --tasks stdlib"):
+            download_glue(name, glue_dir)   # unless another process did while this one waited
     require([name], glue_dir)
 
     # The rows of each file

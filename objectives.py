@@ -27,7 +27,7 @@ import numpy as np
 
 @dataclass
 class Options:
-    """What an objective may depend on. train.py has a flag of the same name for each."""
+    """What an objective may depend on. Each has a flag of the same name in flags.py, and so does a new one."""
     objective: str = "vlm"
     block_size: int = 128               # T, tokens the model sees
     vocab_size: int = 2048              # ids that stand for text; the mask token is the next one
@@ -37,6 +37,9 @@ class Options:
     mask_range: tuple = (0.15, 1.0)     # vlm: lowest and highest fraction
     corruption: str = "mask"            # mlm, vlm: mask | bert (80 % mask, 10 % random, 10 % unchanged)
     normalization: str = "tokens"       # mlm, vlm: tokens | bound, see `mask_batch`
+
+    def __post_init__(self):
+        self.mask_range = tuple(self.mask_range)            # flags and JSON give lists
 
     @property
     def mask_token(self):
@@ -91,6 +94,9 @@ def dar(x, draw, options):
 
 def score_every_position(inputs, targets):
     """inputs (B, T), targets (B, T, K) -> a Batch in which all N = B*T positions have weight 1."""
+    require(targets.shape[:2] == inputs.shape,
+            f"targets of shape {targets.shape} for inputs of shape {inputs.shape}: does the objective's "
+            "entry in OBJECTIVES say how far `ahead` its targets reach?")
     n = inputs.size
     return Batch(inputs, np.arange(n), targets.reshape(n, -1), np.ones(n, dtype=np.float32))
 
@@ -153,7 +159,7 @@ def mask_batch(x, masked, slots, draw, options):
     x = x[:, :T]
     masked = np.asarray(masked, dtype=bool)                                     # a tensor will do
     if masked.sum() > slots:
-        raise ValueError(f"{masked.sum()} masked tokens do not fit {slots} slots: "
+        raise WrongBatch(f"{masked.sum()} masked tokens do not fit {slots} slots: "
                          "are the sequence indices consecutive?")
 
     # What the model sees. BERT's corruption: 80 % mask, 10 % a random token, 10 % unchanged
@@ -376,6 +382,7 @@ def check_objective(options, steps=3, B=4, same_shapes=True):
         require(np.array_equal(given, x), f"{name} changes the windows that it is given")
         batch = Batch(*map(np.asarray, batch))
         check_leak(batch, options)
+        check_most_masks(batch, options)
 
         # Compiled code wants the same shapes at every step
         slots.append(len(batch.positions))
@@ -401,6 +408,44 @@ def check_leak(batch, options):
         leaked = np.isin(alternatives, visible).any()
         require(not leaked, f"leak: the target of position {k + 1} is a token that the model sees "
                             f"under {attention} attention")
+
+
+def check_most_masks(batch, options):
+    """Raises WrongBatch if a sequence has more masks than OBJECTIVES says.
+
+    Sampling and evaluation go by that number: they show the model as many masks, and take a model without
+    masks for one of the next token.
+    """
+    most = OBJECTIVES[options.objective].most_masks(options)
+    masks = (batch.inputs == options.mask_token).sum(axis=1).max()
+    require(masks == 0 or most is not None,
+            "inputs hold masks: the objective's entry in OBJECTIVES must say how many a sequence has at "
+            f"most, such as most_masks=lambda options: {masks}")
+    require(most is None or masks <= most,
+            f"a sequence has {masks} masks, but most_masks in OBJECTIVES says {most} at most")
+
+
+def without_effect(options):
+    """Names of the settings that are not at their default, though the objective never reads them.
+
+        objective mlm, mask_ratio 0.3, lookahead 4  ->  ["lookahead"]
+    """
+    read = set()
+
+    class Observed(Options):
+        """Options that note which of them are read."""
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    # Let the objective make a batch
+    observed = Observed(**vars(options))
+    read.clear()
+    width = window_size(observed)
+    OBJECTIVES[options.objective].batch(np.zeros((2, width), np.int64), Draw(0, 0, range(2)), observed)
+
+    default = vars(Options(options.objective, options.block_size, options.vocab_size))
+    return [name for name, value in vars(options).items() if value != default[name] and name not in read]
 
 
 def first_outside(values, last):

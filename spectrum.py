@@ -175,7 +175,7 @@ def held_out_text(checkpoint, config, data_dir=None):
     train = config.get("train", {})
     if "dataset" not in train or train.get("objective") not in OBJECTIVES:
         raise DataError(f"{checkpoint}: its config.json names no dataset, or no objective that exists")
-    data_dir = data_dir or train.get("data_dir", data.DATA_DIR)
+    data_dir = data.folder_of(train, data_dir)
     meta, splits = data.load(train["dataset"], data_dir)
 
     # The same name may stand for other text or other tokens

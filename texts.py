@@ -16,7 +16,7 @@ import numpy as np
 
 import data
 import tokenizer
-from common import DataError, check_dataset, fetch, file_sha256, locked, read_config, unzip
+from common import DataError, check_dataset, download_into, fetch, file_sha256, read_config, unzip
 from documents import read_text
 
 
@@ -74,7 +74,7 @@ def wikitext(folder, encoding):
     path = Path(folder, "wiki.test.raw")
     if not path.exists():
         archive = Path(folder, "wikitext-2-raw-v1.zip")
-        with locked(str(folder)):
+        with download_into(folder, "without a network: --val, or --text FILE"):
             if not path.exists():                           # another process may have been faster
                 fetch(WIKITEXT_URL, str(archive), sha256=WIKITEXT_SHA256)
                 unzip(archive, {"wikitext-2-raw/wiki.test.raw": path})

@@ -167,7 +167,8 @@ def build_encoding(spec):
             return tiktoken.get_encoding("gpt2")
         except Exception as error:                          # whatever requests raises
             raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}). It is downloaded once. "
-                            "Offline, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache") from None
+                            "Without a network, --tokenizer bpe:4096 trains one here, or set TIKTOKEN_CACHE_DIR "
+                            "to a copy of tiktoken's cache") from None
 
     # The ids: the tokens in the order of their training, then end-of-text
     tokens = [token.encode("latin-1") for token in spec.get("tokens", map(chr, range(256)))]

@@ -72,13 +72,16 @@ def check_first_batch(shards, options, args):
     Called once, before the first step. The loop checks nothing.
     """
     for split in ("train", "val"):
-        data.check_window(shards[split], objectives.window_size(options))
+        data.check_window(shards[split], objectives.window_size(options), split)
     try:
         objectives.check_objective(options, same_shapes=args.compile != "off")
         batch = get_batch(shards["train"], options, args.seed, 0, range(args.batch_size))
         objectives.check_batch(batch, options)
-    except ValueError as error:
+    except objectives.WrongBatch as error:
         raise DataError(f"objectives.py, {options.objective}: {error}") from None
+    unused = objectives.without_effect(options)
+    if unused and not args.resume:
+        raise DataError(f"--{unused[0]} has no effect on {options.objective}: leave it out")
 
 
 def prefetch(make, batches, first, last):
@@ -366,7 +369,7 @@ def finish(args, model, size, shards, val_loss, baseline):
     objective = OBJECTIVES[args.objective]
     options = make_options(args, model.config.vocab_size)
     masked = objective.most_masks(options) is not None
-    next_token = not masked and objective.ahead(options) == 1
+    next_token = objective.causal and not masked and objective.ahead(options) == 1
 
     # The loss. Only the next token's is the length of a code, so only there are bits per byte meaningful
     kind = "next" if next_token else "masked" if masked else "target"

@@ -214,6 +214,13 @@ def test_masks_as_in_training_are_compared_with_the_only_perplexity_of_others():
     assert ("ar", "mlm", plain) not in found and ("vlm", "ar", matched) not in found
 
 
+def test_a_setting_that_its_objective_ignores_is_refused(scripts, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--runs", "ar", "vlm --mask_ratio 0.3"])
+    assert stop.value.code == 2 and scripts.commands == []
+    assert "--mask_ratio has no effect on vlm" in capsys.readouterr().err
+
+
 def test_another_text_is_not_judged():
     name = "perplexity, all"
     runs = runs_of(ar={seed: {name: perplexity(0, (1, 1))} for seed in "01"},
@@ -680,7 +687,7 @@ def test_a_small_run_of_all_scripts_resumes_and_notices_edits(toy, tmp_path):
                                          "train.py", "eval_ppl.py", "eval_ppl.py", "eval_glue.py"]
     folder = tmp_path / "out/compare"
     saved = json.loads((folder / "compare.json").read_text())
-    result = json.loads((folder / "mlm-0/eval_ppl_val_left-to-right-matched.json").read_text())
+    result = json.loads((folder / "mlm-0/eval_ppl_val_left-to-right-matched-4-windows.json").read_text())
     measured = saved["runs"]["mlm"]["0"]["measurements"]["perplexity, all, masks as in training"]
     assert measured["value"] == result["all"]["perplexity"]
     mean_nats = sum(measured["nats"]) / sum(measured["tokens"])

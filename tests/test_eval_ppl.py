@@ -490,12 +490,12 @@ def test_run_as_a_script(work):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""                                    # the progress bar is for terminals only
     lines = done.stdout.splitlines()
-    assert "trained on one of the next 2 tokens, scored as if it were the next one" in lines[0]
+    assert "trained on targets up to 2 tokens ahead, scored as if they were the next token" in lines[0]
     assert "masks up to block_size" in lines[1]
     table = lines[next(i for i, line in enumerate(lines) if line.split() == ["dar", "mlm"]):]
     assert [line.split()[2] for line in table[1:7]] == ["1", "2", "4", "8", "16", "31"]
     for name, column in [("dar", 0), ("mlm", 1)]:
-        with open(f"out/{name}/eval_ppl_{TEXT_NAME}_left-to-right.json") as file:
+        with open(f"out/{name}/eval_ppl_{TEXT_NAME}_left-to-right-6-windows.json") as file:
             report = json.load(file)
         assert report["command"] == "python " + " ".join(command)
         assert (report["step"], report["windows"], report["clusters"]) == (7, 6, "windows")
@@ -524,7 +524,7 @@ def test_causal_models_are_refused_in_one_line(work, capsys, method):
             and err.count("\n") == 1)
     assert not [name for name in os.listdir("out/mlm") if name.startswith("eval")]
     eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--method", method, "--max_windows", "2"])
-    assert os.path.exists(f"out/mlm/eval_ppl_{TEXT_NAME}_{method}.json")
+    assert os.path.exists(f"out/mlm/eval_ppl_{TEXT_NAME}_{method}-2-windows.json")
     assert ("NOT a likelihood" in capsys.readouterr().out) == (method == "pseudo")
 
 
@@ -596,6 +596,21 @@ def test_val_is_the_validation_split(work, capsys):
     assert "prepared again after training" in capsys.readouterr().err
 
 
+def test_a_run_from_another_machine_finds_its_dataset_here(work):
+    """Its config.json names a folder that does not exist here: data/ does, and --data_dir is obeyed."""
+    train = {"dataset": "toy", "data_dir": "/another/machine/data"}
+    assert data.folder_of(train) == "data" and data.folder_of(train, "mine") == "mine"
+    (work / "sets/toy").mkdir(parents=True)
+    assert data.folder_of({"dataset": "toy", "data_dir": "sets"}) == "sets"
+
+
+def test_a_quick_look_replaces_no_full_result(work):
+    for windows in ("0", "2"):
+        eval_ppl.main(["--checkpoint", "out/dar", "--text", "t.txt", "--max_windows", windows])
+    assert report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["windows"] > 2
+    assert report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right-2-windows.json")["windows"] == 2
+
+
 def report_of(path):
     return json.loads(Path(path).read_text())
 
@@ -606,13 +621,13 @@ def test_texts_of_one_name_do_not_share_a_file(work, capsys):
         Path(folder, "t.txt").write_text(text)
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", f"{folder}/t.txt", "--max_windows", "3"])
     paths = [name for name in os.listdir("out/mlm") if name.startswith("eval")]
-    assert len(paths) == 2 and f"eval_ppl_{TEXT_NAME}_left-to-right.json" in paths
+    assert len(paths) == 2 and f"eval_ppl_{TEXT_NAME}_left-to-right-3-windows.json" in paths
 
 
 def test_results_go_elsewhere_or_are_shown_only(work, capsys):
     """A checkpoint that one may only read: its results are on the screen, and a line says the rest."""
     command = ["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3"]
-    name = f"eval_ppl_{TEXT_NAME}_left-to-right.json"
+    name = f"eval_ppl_{TEXT_NAME}_left-to-right-3-windows.json"
     os.makedirs(f"out/mlm/{name}.tmp")                                      # so it cannot be written
     eval_ppl.main(command)
     out, err = capsys.readouterr()
@@ -640,7 +655,7 @@ def test_nothing_is_lost_when_a_later_checkpoint_fails(work, capsys, monkeypatch
     out, err = capsys.readouterr()
     assert stop.value.code == code and err.count("\n") == 1
     assert f"{done[0]['all']['perplexity']:.1f}" in out.split("all: perplexity")[1]
-    assert os.path.exists(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+    assert os.path.exists(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right-3-windows.json")
 
 
 def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
@@ -697,10 +712,10 @@ def test_bits_per_byte_only_where_there_is_a_code(work, capsys):
         eval_ppl.main(["--checkpoint", *names, "--text", "t.txt", "--method", method, "--max_windows", "2"])
         assert ("Published ones differ" in capsys.readouterr().out) == has
         for name in names:
-            result = report_of(f"{name}/eval_ppl_{TEXT_NAME}_{method}.json")["all"]
+            result = report_of(f"{name}/eval_ppl_{TEXT_NAME}_{method}-2-windows.json")["all"]
             assert ("bits_per_byte" in result) == ("word_perplexity" in result) == has
     eval_ppl.main(["--checkpoint", "out/dar", "--text", "t.txt", "--max_windows", "2"])
-    result = report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["all"]
+    result = report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right-2-windows.json")["all"]
     assert "bits_per_byte" not in result and "Published ones differ" not in capsys.readouterr().out
 
 
@@ -710,7 +725,7 @@ def test_context_on_the_command_line(work, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(tuple("0123456789"))]
     assert [line.split("  ")[0] for line in lines if line.startswith("nats per token,")] == [
         f"nats per token, {what} visible" for what in ("only last 2", "only last 8", "whole prompt")]
-    report = report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
+    report = report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right-4-windows.json")
     assert set(report["context"]) == {"2", "8", "all"}
     assert sum(report["tokens"]["context 2"]) == 4 * 8
     assert report["context"]["8"]["nats_per_token"] == pytest.approx(
@@ -725,7 +740,7 @@ def test_a_fifth_definition_is_one_entry(work, capsys, monkeypatch):
     for method in ("double", "pseudo"):
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--method", method, "--max_windows", "3"])
     assert "twice pseudo" in capsys.readouterr().out
-    double, single = [report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_{method}.json")["all"]["nats_per_token"]
+    double, single = [report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_{method}-3-windows.json")["all"]["nats_per_token"]
                       for method in ("double", "pseudo")]
     assert double == pytest.approx(2 * single)
 
@@ -751,7 +766,7 @@ def test_suffixes_do_not_overwrite_each_other(work, capsys):
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt", "--suffix", suffix,
                        "--max_windows", "3"])
     names = {name for name in os.listdir("out/mlm") if name.startswith("eval")}
-    assert names == {f"eval_ppl_{TEXT_NAME}_left-to-right{ending}.json" for ending in ("", "-one", "-matched")}
+    assert names == {f"eval_ppl_{TEXT_NAME}_left-to-right{ending}-3-windows.json" for ending in ("", "-one", "-matched")}
 
 
 def test_plot(work, capsys):
@@ -816,7 +831,7 @@ def test_wikitext_is_downloaded_once_and_checked(work, serve, capsys):
     assert (folder / "wiki.test.raw").read_text() == TEXT and os.listdir(folder) == ["wiki.test.raw"]
     serve(b"", status=404)                                                  # no longer asked
     eval_ppl.main(command)
-    assert os.path.exists("out/dar/eval_ppl_wikitext-2_left-to-right.json")
+    assert os.path.exists("out/dar/eval_ppl_wikitext-2_left-to-right-3-windows.json")
     capsys.readouterr()
     (folder / "wiki.test.raw").write_text(TEXT + "changed")
     with pytest.raises(SystemExit):
@@ -846,6 +861,8 @@ def test_bad_downloads_are_refused_in_one_line(work, serve, capsys, what):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert not [p for p in set(work.rglob("*")) - before if p.suffix == ".raw"]
+    if what == "403":
+        assert "without a network: --val, or --text FILE" in err and not (work / "data").exists()
 
 
 def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):

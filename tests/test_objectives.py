@@ -11,6 +11,7 @@ x[1..k].
 """
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -866,10 +867,11 @@ def slots_in_use(batch, block_size=T):
 def test_shapes_and_types(name, given):
     options = make_options(name, **given)
     batch = make(options, random_tokens(options, 5), Draw(1, 2, range(5)))
-    assert isinstance(OBJECTIVES[name].batch(random_tokens(options, 5), Draw(1, 2, range(5)), options), Batch)
-    K = options.lookahead if given.get("dar_estimator") == "expectation" else 1
-    assert batch.targets.shape[1] == K
-    assert {batch.inputs.dtype, batch.positions.dtype, batch.targets.dtype} == {np.dtype(np.int64)}
+    check_batch(batch, options)
+    if name in ("ar", "dar", "mlm", "vlm"):                 # a fifth one may choose its K, and int32
+        K = options.lookahead if given.get("dar_estimator") == "expectation" else 1
+        assert batch.targets.shape[1] == K
+        assert {batch.inputs.dtype, batch.positions.dtype, batch.targets.dtype} == {np.dtype(np.int64)}
 
 
 @every_objective(graded=False)
@@ -1039,6 +1041,41 @@ def test_a_wrong_objective_gets_a_sentence(monkeypatch, name, function, sentence
     with pytest.raises(WrongBatch) as error:
         check_objective(make_options(name))
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("most_masks,sentence", [
+    (lambda options: None, "inputs hold masks: .* such as most_masks=lambda options: 4"),
+    (lambda options: 3, "a sequence has 4 masks, but most_masks in OBJECTIVES says 3 at most")])
+def test_the_most_masks_are_told_where_the_table_does_not_hold_them(monkeypatch, most_masks, sentence):
+    monkeypatch.setitem(OBJECTIVES, "span", Objective(span, causal=False, most_masks=most_masks))
+    with pytest.raises(WrongBatch, match=sentence):
+        check_objective(make_options("span"))
+
+
+def test_targets_that_reach_farther_than_the_window_are_told(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "dar", OBJECTIVES["dar"]._replace(ahead=lambda options: 1))
+    with pytest.raises(WrongBatch, match="does the objective's entry in OBJECTIVES say how far `ahead`"):
+        check_objective(make_options("dar", lookahead=3, dar_estimator="expectation"))
+
+
+@pytest.mark.parametrize("name,given,unused", [
+    ("ar", {}, []), ("ar", dict(lookahead=4, mask_ratio=0.3), ["lookahead", "mask_ratio"]),
+    ("dar", dict(lookahead=4, dar_estimator="expectation"), []), ("dar", dict(corruption="bert"), ["corruption"]),
+    ("mlm", dict(mask_ratio=0.3, corruption="bert", normalization="bound"), []),
+    ("mlm", dict(mask_range=[0.4, 0.6]), ["mask_range"]),
+    ("vlm", dict(mask_range=[0.4, 0.6], normalization="bound"), []),
+    ("vlm", dict(mask_range=[0.15, 1.0], mask_ratio=0.3), ["mask_ratio"])])
+def test_settings_without_effect_are_found(name, given, unused):
+    assert objectives.without_effect(make_options(name, **given)) == unused
+
+
+def test_an_objective_may_be_written_with_replace(monkeypatch):
+    """vlm as mlm with another ratio: its settings count as read."""
+    def by_mlm(x, draw, options):
+        return objectives.mlm(x, draw, replace(options, mask_ratio=options.mask_range[1]))
+
+    monkeypatch.setitem(OBJECTIVES, "vlm", OBJECTIVES["vlm"]._replace(batch=by_mlm))
+    assert objectives.without_effect(make_options("vlm", mask_range=(0.4, 0.4))) == []
 
 
 def test_a_leak_is_told_with_any_options(monkeypatch):

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_train import (ROOT, TINY, assert_same, call, data_dir, log_of, one_thread, resume, run,  # noqa: F401
@@ -24,7 +25,7 @@ import flags
 import run as runs
 import train as script
 from common import hold, load_checkpoint, read_config, source_digests
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, Objective
 from run import flags_in_force
 
 
@@ -472,6 +473,27 @@ def test_an_error_is_said_once_in_all(data_dir, tmp_path, flags, message):
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode != 0 and len(errors) == 1 and message in errors[0], done.stderr
     assert "[rank" not in done.stderr, "a traceback of a process"
+
+
+def test_an_error_in_an_objective_keeps_its_traceback(run, monkeypatch):
+    """It is a mistake in code: a line without its place would not help."""
+    def broken(x, draw, options):
+        return np.zeros(3).reshape(2, 2)
+
+    monkeypatch.setitem(OBJECTIVES, "ar", OBJECTIVES["ar"]._replace(batch=broken))
+    with pytest.raises(ValueError, match="cannot reshape"):
+        run("--objective", "ar")
+
+
+def test_a_model_without_masks_that_sees_both_sides_gets_no_bits_per_byte(run, monkeypatch):
+    """It fills in tokens that were replaced by 0: its loss is not that of a next token."""
+    def replaced(x, draw, options):
+        batch = OBJECTIVES["mlm"].batch(x, draw, options)
+        return batch._replace(inputs=np.where(batch.inputs == options.mask_token, 0, batch.inputs))
+
+    monkeypatch.setitem(OBJECTIVES, "fifth", Objective(replaced, causal=False))
+    out, _ = run("--objective", "fifth", "--max_iters", "2")
+    assert "nats per target token" in out and "bits per byte" not in out
 
 
 def test_an_objective_whose_slots_vary_needs_eager_code(run, tmp_path, monkeypatch):

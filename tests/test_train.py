@@ -249,6 +249,8 @@ def test_a_run_is_not_overwritten(data_dir, tmp_path):
     ("--mask_range 0.5 0.2", "mask_range"),
     ("--mask_range 0.5 1.2", "mask_range"),
     ("--mask_ratio 0", "mask_ratio"),
+    ("--objective vlm --mask_ratio 0.3", "--mask_ratio has no effect on vlm"),
+    ("--objective ar --lookahead 4", "--lookahead has no effect on ar"),
     ("--n_head 3", "n_head"),
     ("--max_iters 0", "max_iters"),
     ("--learning_rate -1", "learning_rate"),
