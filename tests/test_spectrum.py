@@ -381,7 +381,7 @@ def test_measured_again_it_is_the_same(run_folder):
     result = spectrum.measure(model, shards, settings, 40, seed=1, batch_size=16)
     assert result == spectrum.measure(model, shards, settings, 40, seed=1, batch_size=16)
     assert result["loss"] != spectrum.measure(model, shards, settings, 40, seed=2)["loss"]
-    assert settings.mask_range == [0.15, 1.0] and settings.vocab_size == model.config.vocab_size
+    assert settings.mask_range == (0.15, 1.0) and settings.vocab_size == model.config.vocab_size
 
     contexts = spectrum.sample_contexts(shards, settings, range(16), seed=1)
     masks = (contexts.inputs == settings.mask_token).sum(1)
