@@ -106,6 +106,20 @@ def test_the_copy_imports(copy):
     subprocess.run([sys.executable, "-B", "-c", f"import {', '.join(modules)}"], cwd=folder, check=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective, exercise", [("ar", "1: ar"), ("vlm", "4: vlm")])
+def test_a_script_that_reaches_a_blank_function_says_so_in_one_line(copy, tmp_path, objective, exercise):
+    folder, _ = copy
+    (tmp_path / "a.txt").write_text("to be or not to be " * 1000)
+    data = ["--data_dir", tmp_path, "--dataset", "mine"]
+    subprocess.run([sys.executable, "data.py", "--files", tmp_path / "a.txt", "--tokenizer", "bytes", *data],
+                   cwd=folder, check=True)
+    done = subprocess.run([sys.executable, "train.py", "--objective", objective, "--out_dir", tmp_path / "out", *data],
+                          cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: exercise {exercise}, see docs/EXERCISES.md\n"
+
+
 def test_a_folder_that_exists_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "work.py").write_text("precious")
