@@ -7,7 +7,8 @@ solution away.
 
 The copy holds the files that git tracks, without history, answers, results and the tests that contain
 solutions, and has a README of its own. The body of every function in EXERCISES becomes one line that raises
-NotImplementedError. Signature and docstring stay. Functions are found by name, so no markers stand in the code.
+NotImplementedError. Signature and docstring stay. Functions are found by name, so no markers stand in the
+code.
 """
 import ast
 import re
@@ -119,7 +120,7 @@ def readme(ours):
 
 
 def without_comments(text):
-    """A Markdown text without its comments: they say how its tables were made, from files that are left out."""
+    """A Markdown text without its comments: they name the results that its tables were made from."""
     return re.sub(r"<!--.*?-->\n+", "", text, flags=re.S)
 
 # -----------------------------------------------------------------------------

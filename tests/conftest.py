@@ -32,7 +32,7 @@ def pytest_addoption(parser):
     parser.addoption("--exercises", action="store_true",
                      help="run the tests of the exercises only, and print a table of points")
     parser.addoption("--time_limit", type=int, default=120, metavar="SECONDS",
-                     help="after which a test of an exercise fails, where the system has SIGALRM (default: 120)")
+                     help="after which a test of an exercise fails (default: 120; not on Windows)")
 
 
 def pytest_configure(config):
