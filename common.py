@@ -48,8 +48,8 @@ class DeviceError(DataError):
 def one_line_errors(*kinds):
     """For the main function of a script: a user's mistake is one line on stderr and exit code 2.
 
-    kinds: the errors that are a user's mistake, by default ValueError and OSError. Any other error is a
-    mistake of ours and keeps its traceback.
+    kinds: the errors that are a user's mistake, by default ValueError and OSError. NotImplementedError, the
+    body of an exercise, is always one. Any other error is a mistake of ours and keeps its traceback.
     """
     show_any_character()
     try:
@@ -59,7 +59,7 @@ def one_line_errors(*kinds):
         # The reader of our output, such as `head`, has seen enough. Python flushes stdout once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except kinds or (ValueError, OSError) as error:
+    except (NotImplementedError, *(kinds or (ValueError, OSError))) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -6,10 +6,12 @@ solution away.
     python dev/student_copy.py ../assignment --exercises 1 2 3      # these are blank, the others stay solved
 
 The copy holds the files that git tracks, without history, answers, results and the tests that contain
-solutions. The body of every function in EXERCISES becomes one line that raises NotImplementedError. Signature
-and docstring stay. Functions are found by name, so no markers stand in the code.
+solutions, and has a README of its own. The body of every function in EXERCISES becomes one line that raises
+NotImplementedError. Signature and docstring stay. Functions are found by name, so no markers stand in the
+code.
 """
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -32,10 +34,28 @@ EXERCISES = {
 }
 
 # What holds solutions or their numbers, or tests what is left out
-LEFT_OUT = [".ci", "results", "assets", "docs/ANSWERS.md", "docs/RESULTS.md", "dev/LOG.md",
-            "dev/student_copy.py", "tests/test_student_copy.py", "tests/test_readme.py",
+LEFT_OUT = [".ci", "results", "assets", "docs/ANSWERS.md", "docs/RESULTS.md", "docs/THEORY.md",
+            "dev/LOG.md", "dev/student_copy.py", "tests/test_student_copy.py", "tests/test_readme.py",
             "tests/test_grader.py", "tests/test_grader_model.py", "tests/test_grader_evals.py",
             "tests/test_answers.py", "tests/test_results.py"]
+
+# The copy's README: this, then two sections of ours
+README = """\
+# Look ahead or look around? The assignment
+
+One small Transformer, one training loop, four pretraining objectives, after
+[*Look Ahead or Look Around? A Theoretical Comparison Between Autoregressive and Masked Pretraining*](https://arxiv.org/abs/2407.00935)
+(Zhang et al., ICML 2024). You write the functions whose body is `raise NotImplementedError`. What each must do, and how
+it is graded: [docs/EXERCISES.md](docs/EXERCISES.md).
+
+```sh
+pip install -r requirements.txt
+python -m pytest --exercises
+```
+
+Python 3.10 or newer. The last command prints your points.
+
+"""
 
 # -----------------------------------------------------------------------------
 # Blanking a function
@@ -83,6 +103,27 @@ def blank(source, functions, exercise):
     return "\n".join(lines) + "\n", removed
 
 # -----------------------------------------------------------------------------
+# Documents
+
+def section(text, heading):
+    """A section of a Markdown text: from its line "## heading" to the next such line."""
+    found = re.search(rf"^## {re.escape(heading)}\n.*?(?=\n## |\Z)", text, flags=re.M | re.S)
+    if not found:
+        raise ValueError(f"there is no section {heading}")
+    return found[0]
+
+
+def readme(ours):
+    """The copy's README, from the text of ours."""
+    files = section(ours, "Files, in reading order").replace("  results/", "")
+    return README + section(ours, "The idea") + "\n" + files
+
+
+def without_comments(text):
+    """A Markdown text without its comments: they name the results that its tables were made from."""
+    return re.sub(r"<!--.*?-->\n+", "", text, flags=re.S)
+
+# -----------------------------------------------------------------------------
 # The copy
 
 def tracked_files():
@@ -96,6 +137,14 @@ def tracked_files():
 def is_left_out(name):
     """Whether a file, by its path in the repository, is not for students."""
     return any(name == out or name.startswith(out + "/") for out in LEFT_OUT)
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
 
 
 def make_copy(folder, exercises):
@@ -121,11 +170,17 @@ def make_copy(folder, exercises):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, target)
 
+        # Its documents
+        write(unfinished / "README.md", readme(read(unfinished / "README.md")))
+        for page in unfinished.glob("docs/*.md"):
+            write(page, without_comments(read(page)))
+
+        # Its blank functions
         removed = []
         for number in exercises:
             for name, functions in EXERCISES[number].items():
-                source, lines = blank((unfinished / name).read_text(encoding="utf-8"), functions, number)
-                (unfinished / name).write_text(source, encoding="utf-8")
+                source, lines = blank(read(unfinished / name), functions, number)
+                write(unfinished / name, source)
                 removed += lines
         unfinished.rename(folder)
     finally:

@@ -59,7 +59,7 @@ def test_files_named_exist(page):
 def test_flags_named_in_prose_exist(page):
     """Every `--flag` in the text belongs to some script (or to pytest, torchrun, pip)."""
     known = {"--help", "--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",
-             "--tb"}
+             "--tb", "--time_limit"}
     for path in SCRIPTS:
         text = path.read_text()
         known |= set(re.findall(r'"(--[a-z_]+)"', text))

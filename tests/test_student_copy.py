@@ -100,10 +100,66 @@ def test_nothing_that_holds_answers_is_in_the_copy(copy):
     assert "docs/EXERCISES.md" in names and "docs/ANSWERS.md" not in names
 
 
+def test_the_documents_name_only_what_is_in_the_copy(copy):
+    folder, _ = copy
+    pages = sorted(folder.rglob("*.md"))
+    assert {page.name for page in pages} == {"README.md", "EXERCISES.md", "EVALUATION.md"}
+    names = {f"{name}/" if (ROOT / name).is_dir() else Path(name).name for name in student_copy.LEFT_OUT}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)#]+)", text)
+        assert links, page.name
+        for target in links:
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for script in re.findall(r"(?:python|torchrun)[^`\n]*? ([\w/]+\.py)\b", text):
+            assert (folder / script).exists(), f"{page.name}: {script}"
+        for name in names:
+            assert name not in text, f"{page.name}: {name}"
+
+
+def test_the_files_to_hand_in_are_those_with_blank_functions():
+    files = sorted({name for functions in EXERCISES.values() for name in functions})
+    handout = (ROOT / "docs/EXERCISES.md").read_text(encoding="utf-8")
+    [paragraph] = re.findall(r"^\*\*How to hand in\.\*\*.*?\n\n", handout, flags=re.M | re.S)
+    assert sorted(re.findall(r"`(\w+\.py)`", paragraph)) == files
+    answers = (ROOT / "docs/ANSWERS.md").read_text(encoding="utf-8")
+    [names] = re.findall(r"^cp .*/\{(.*)\}\.py ", answers, flags=re.M)
+    assert sorted(f"{name}.py" for name in names.split(",")) == files
+
+
+def test_the_readme_of_the_copy_gives_no_findings_away(copy):
+    folder, _ = copy
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "docs/EXERCISES.md" in text and "objectives.py" in text and "position k sees 1..k" in text
+    assert "found" not in text.split() and "nats" not in text
+
+
+def test_a_section_is_found_by_its_heading():
+    text = "# T\n\n## One\n\na\n\n```\n# b\n```\n\n## Two\n\nc\n"
+    assert student_copy.section(text, "One") == "## One\n\na\n\n```\n# b\n```\n"
+    assert student_copy.section(text, "Two") == "## Two\n\nc\n"
+    with pytest.raises(ValueError, match="no section Three"):
+        student_copy.section(text, "Three")
+
+
 def test_the_copy_imports(copy):
     folder, _ = copy
     modules = [path.stem for path in folder.glob("*.py")]
     subprocess.run([sys.executable, "-B", "-c", f"import {', '.join(modules)}"], cwd=folder, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective, exercise", [("ar", "1: ar"), ("vlm", "4: vlm")])
+def test_a_script_that_reaches_a_blank_function_says_so_in_one_line(copy, tmp_path, objective, exercise):
+    folder, _ = copy
+    (tmp_path / "a.txt").write_text("to be or not to be " * 1000)
+    data = ["--data_dir", tmp_path, "--dataset", "mine"]
+    subprocess.run([sys.executable, "data.py", "--files", tmp_path / "a.txt", "--tokenizer", "bytes", *data],
+                   cwd=folder, check=True)
+    done = subprocess.run([sys.executable, "train.py", "--objective", objective, "--out_dir", tmp_path / "out", *data],
+                          cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: exercise {exercise}, see docs/EXERCISES.md\n"
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):
