@@ -49,7 +49,7 @@ def one_line_errors(*kinds):
     """For the main function of a script: a user's mistake is one line on stderr and exit code 2.
 
     kinds: the errors that are a user's mistake, by default ValueError and OSError. Any other error is a
-    mistake of ours and keeps its traceback.
+    mistake of ours and keeps its traceback. Ctrl-C is one line too, and exit code 130.
     """
     show_any_character()
     try:
@@ -62,6 +62,9 @@ def one_line_errors(*kinds):
     except kinds or (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def show_any_character():

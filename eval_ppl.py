@@ -797,11 +797,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        try:
-            run(args, shlex.join(["python", "eval_ppl.py", *words]))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        run(args, shlex.join(["python", "eval_ppl.py", *words]))
 
 
 if __name__ == "__main__":
