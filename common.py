@@ -636,6 +636,18 @@ def result_path(checkpoint, name, results=None):
     return Path(results, Path(checkpoint).resolve().name, name)
 
 
+def check_different(checkpoints, results=None):
+    """Raises DataError if a checkpoint is given twice, or two would share a file below RESULTS."""
+    folders = [Path(checkpoint).resolve() for checkpoint in checkpoints]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise DataError(f"--checkpoint has {checkpoints[i]} twice: leave one out")
+    names = {folder.name for folder in folders}
+    if results is not None and len(names) < len(folders):
+        raise DataError("two checkpoints have folders of the same name: --results needs one call for "
+                        "each, with another DIR")
+
+
 def as_json(value):
     """JSON with one key per line, but a list of numbers or strings in a single line."""
     text = json.dumps(value, indent=1)
@@ -647,15 +659,15 @@ def as_json(value):
 def write_result(path, report):
     """Write a JSON result; returns whether it was written.
 
-    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so and the
-    program continues: the numbers are on the screen.
+    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so. The
+    program then continues, shows the numbers, and ends with exit code 2.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(as_json(report).encode()))
         return True
     except OSError as error:
-        print(f"not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
+        print(f"error: not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
               file=sys.stderr)
         return False
 
