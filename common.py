@@ -49,7 +49,8 @@ def one_line_errors(*kinds):
     """For the main function of a script: a user's mistake is one line on stderr and exit code 2.
 
     kinds: the errors that are a user's mistake, by default ValueError and OSError. NotImplementedError, the
-    body of an exercise, is always one. Any other error is a mistake of ours and keeps its traceback.
+    body of an exercise, is always one. Any other error is a mistake of ours and keeps its traceback. Ctrl-C is
+    one line too, and exit code 130.
     """
     show_any_character()
     try:
@@ -62,6 +63,9 @@ def one_line_errors(*kinds):
     except (NotImplementedError, *(kinds or (ValueError, OSError))) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def show_any_character():
@@ -105,7 +109,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, **how)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
+        # A list of all flags helps where a name is unknown or missing, not where a value is wrong
+        about_names = ("unrecognized arguments", "ambiguous option", "the following arguments are required")
+        hint = " (--help lists all flags)" if message.startswith(about_names) else ""
+        self.exit(2, f"error: {message}{hint}\n")
 
 
 def align(rows):
@@ -551,18 +558,31 @@ def save_checkpoint(out_dir, model, optimizers, step, tokens=0):
                       "What was saved before is kept") from None
 
 
+@contextlib.contextmanager
+def open_in_checkpoint(out_dir, name):
+    """A file of a checkpoint folder, opened in bytes. An error while it is read becomes a DataError, one line."""
+    path = os.path.join(out_dir, name)
+    if os.path.isfile(out_dir):
+        raise DataError(f"{out_dir} is a file: give the folder that train.py wrote, such as out/vlm")
+    if not os.path.exists(path):
+        missing = f"{path} is missing" if os.path.isdir(out_dir) else "the folder does not exist"
+        raise DataError(f"{out_dir} holds no checkpoint: {missing} "
+                        "(train one: python train.py)")
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except Exception as error:                                  # torch.load raises many kinds
+        reason = (str(error) or repr(error)).split("\n")[0]
+        raise DataError(f"{path} cannot be read: {reason}. If it is damaged, copy it again, or train "
+                        "again with --overwrite") from None
+
+
 def read_config(out_dir):
     """config.json of a checkpoint folder, a dict. Raises DataError, one line."""
-    try:
-        with open(os.path.join(out_dir, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        config["model"]
-    except FileNotFoundError as error:
-        raise DataError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
-                        "(train one: python train.py --objective vlm)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{out_dir} holds no readable checkpoint: config.json: "
-                        f"{type(error).__name__}: {error}") from None
+    with open_in_checkpoint(out_dir, "config.json") as file:
+        config = json.load(file)
+        if not isinstance(config, dict) or "model" not in config:
+            raise ValueError("it says nothing of a model")
     return config
 
 
@@ -590,16 +610,13 @@ def read_checkpoint(out_dir, device="cpu"):
     Only tensors and plain containers are accepted: a file that would run code when unpickled is refused.
     """
     config = read_config(out_dir)
-    try:
-        state = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location=device, weights_only=True)
-        state["model"], state["step"]
-    except FileNotFoundError as error:
-        raise DataError(f"{out_dir} holds no checkpoint: {error.filename} is missing "
-                        "(train one: python train.py --objective vlm)") from None
-    except Exception as error:                                  # torch.load raises many kinds
-        reason = str(error).split("\n")[0]
-        raise DataError(f"{out_dir} holds no readable checkpoint: "
-                        f"{type(error).__name__}: {reason}") from None
+    with open_in_checkpoint(out_dir, "ckpt.pt") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is no checkpoint, or only a part of one")
+        file.seek(0)
+        state = torch.load(file, map_location=device, weights_only=True)
+        if "model" not in state or "step" not in state:
+            raise ValueError("it holds no model")
     return state, config
 
 
@@ -614,7 +631,8 @@ def load_checkpoint(out_dir, device="cpu"):
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{out_dir}: ckpt.pt and config.json do not fit: {reason}") from None
+        raise DataError(f"{out_dir}: ckpt.pt does not match config.json, copy both again from one run: "
+                        f"{reason}") from None
     return model.eval(), {**config, "step": state["step"], "weights": weights_digest(state["model"])}
 
 # -----------------------------------------------------------------------------
@@ -648,6 +666,18 @@ def result_path(checkpoint, name, results=None):
     return Path(results, Path(checkpoint).resolve().name, name)
 
 
+def check_different(checkpoints, results=None):
+    """Raises DataError if a checkpoint is given twice, or two would share a file below RESULTS."""
+    folders = [Path(checkpoint).resolve() for checkpoint in checkpoints]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise DataError(f"--checkpoint has {checkpoints[i]} twice: leave one out")
+    names = {folder.name for folder in folders}
+    if results is not None and len(names) < len(folders):
+        raise DataError("two checkpoints have folders of the same name: --results needs one call for "
+                        "each, with another DIR")
+
+
 def as_json(value):
     """JSON with one key per line, but a list of numbers or strings in a single line."""
     text = json.dumps(value, indent=1)
@@ -659,15 +689,15 @@ def as_json(value):
 def write_result(path, report):
     """Write a JSON result; returns whether it was written.
 
-    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so and the
-    program continues: the numbers are on the screen.
+    Where that is impossible (a folder one may only read, a full disk), one line on stderr says so. The
+    program then continues, shows the numbers, and ends with exit code 2.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(as_json(report).encode()))
         return True
     except OSError as error:
-        print(f"not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
+        print(f"error: not saved: {path}: {error.strerror or error} (--results DIR writes elsewhere)",
               file=sys.stderr)
         return False
 

@@ -489,14 +489,14 @@ def main(argv=None):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with one_line_errors():
+    with one_line_errors():
+        try:
             compare(args)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        except KeyboardInterrupt:
+            print("stopped; run the same command again to resume", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

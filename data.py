@@ -432,23 +432,26 @@ def check_arguments(wanted, files, urls):
     """Raises DataError, before any work is done, if the arguments of `prepare` make no sense."""
     name = wanted["name"]
     check_name(name)
-    if bool(urls) != (name == "pile"):
-        raise DataError("--dataset pile needs --shards, and no other dataset has any")
+    if name == "pile" and not urls:
+        raise DataError("--dataset pile needs --shards, such as --shards 0")
+    if name != "pile" and urls:
+        raise DataError("--shards is for --dataset pile only")
     if name in ("stdlib", "pile"):
         if files:
-            raise DataError(f"--files need another --dataset name than {name}")
+            raise DataError(f"--dataset {name} takes no --files: give your dataset another name")
     elif not files:
         raise DataError(f"--dataset {name} needs --files")
 
     bpe = re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
     if not bpe or int(bpe[1] or 257) < 257:
-        raise DataError("the tokenizer is gpt2, bytes or bpe:N with N of at least 257")
+        raise DataError("tokenizer must be gpt2, bytes or bpe:N with N of at least 257, "
+                        f"not {wanted['tokenizer']}")
     if not 0 < wanted["val_fraction"] < 1:
-        raise DataError("val_fraction is between 0 and 1")
+        raise DataError(f"val_fraction must be between 0 and 1, not {wanted['val_fraction']}")
     if not 1 <= wanted["shard_tokens"] <= 10**9:
-        raise DataError("shard_tokens is at least 1 and at most 1,000,000,000")
+        raise DataError("shard_tokens must be at least 1 and at most 1,000,000,000")
     if wanted["max_tokens"] is not None and wanted["max_tokens"] < 2:
-        raise DataError("max_tokens is at least 2")
+        raise DataError("max_tokens must be at least 2")
 
     for path in files:
         if not re.search(r"\.(jsonl|txt)(\.gz|\.zst)?$", path):
@@ -471,7 +474,7 @@ def check_existing(wanted, data_dir):
     meta, _ = load(wanted["name"], data_dir)
     changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
     if changed:
-        raise DataError(f"{folder} already exists with a different {changed}: "
+        raise DataError(f"{folder} already exists and differs in {changed}: "
                         "add --overwrite to replace it")
     if "contents" not in meta:
         raise DataError(f"{folder} already exists, made by an earlier version of data.py: "

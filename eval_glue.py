@@ -37,8 +37,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (Parser, add_device_flags, align, load_checkpoint, one_line_errors, pick_device,
-                    pick_dtype, read_result, result_path, write_result)
+from common import (Parser, add_device_flags, align, check_different, load_checkpoint, one_line_errors,
+                    pick_device, pick_dtype, read_result, result_path, write_result)
 from features import extract, tokenize
 from finetune import LEARNING_RATES, finetune_seeds
 from glue_data import BUILT_IN, GLUE, METRICS, bootstrap, limit, load_task, require
@@ -384,9 +384,10 @@ def check_flags(args):
     if args.max_train < 0 or 0 < args.max_train < 20:
         raise ValueError("max_train must be 0 (all) or at least 20")
     if not all(0 < lr < math.inf for lr in args.lr):
-        raise ValueError("lr must be positive")
+        raise ValueError("lr must be positive and finite")
     if args.finetune and (args.layer == "best" or args.directions):
         raise ValueError("--layer best and --directions are for probes, not for --finetune")
+    check_different(args.checkpoint, args.results)
 
 
 def check_model(checkpoint, config, args):
@@ -428,13 +429,16 @@ def load_checkpoints(args, device):
 
 
 def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, command):
-    """Evaluate one checkpoint, write its JSON file after every task. Returns its rows."""
+    """Evaluate one checkpoint, write its JSON file after every task.
+
+    Returns its rows, and whether all were written.
+    """
     weights = config["weights"]
     if path.exists() and read_result(path, weights) is None:
         print(f"{path} is replaced: it holds results of other weights", flush=True)
 
     found = []
-    writable = True
+    saved = True
     for task in tasks:
         # Compute
         start = time.time()
@@ -448,12 +452,12 @@ def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, 
         # Write. The file is read again each time: another process may have added to it
         report = {"checkpoint": checkpoint, "step": config["step"], "weights": weights,
                   "command": command, "results": rows, "tests": test_labels(task)}
-        if writable:
-            writable = write_result(path, merge(read_result(path, weights), report))
+        if saved:
+            saved = write_result(path, merge(read_result(path, weights), report))
+        malformed = f"{task.malformed} malformed rows skipped, " if task.malformed else ""
         print(f"{checkpoint}: {task.name}: {progress_line(rows)} | {len(task.train.y)} training examples, "
-              f"{task.malformed} malformed rows skipped, {cut} texts cut to {model.config.block_size} "
-              f"tokens, {seconds} s", flush=True)
-    return found
+              f"{malformed}{cut} texts cut to {model.config.block_size} tokens, {seconds} s", flush=True)
+    return found, saved
 
 
 def run(args, command):
@@ -462,21 +466,20 @@ def run(args, command):
     check_flags(args)
     device = pick_device(args.device)
     loaded = load_checkpoints(args, device)
-    paths = {checkpoint: result_path(checkpoint, "eval_glue.json", args.results)
-             for checkpoint in loaded}
-    if len(set(paths.values())) < len(paths):
-        raise ValueError("two checkpoints have folders of the same name: --results needs one call for "
-                         "each, with another DIR")
     tasks = load_tasks(args)
 
     # On a GPU, cuDNN's attention would plan again for each of hundreds of shapes
     torch.backends.cuda.enable_cudnn_sdp(False)
     columns = {}
+    all_saved = True
     for checkpoint, parts in loaded.items():
-        columns[checkpoint] = evaluate_checkpoint(checkpoint, *parts, tasks, paths[checkpoint], args,
-                                                  command)
+        path = result_path(checkpoint, "eval_glue.json", args.results)
+        columns[checkpoint], saved = evaluate_checkpoint(checkpoint, *parts, tasks, path, args, command)
+        all_saved = all_saved and saved
     kind = "fine-tuned, median [range] of seeds" if args.finetune else "linear probe"
     print(f"\n{kind}, percent ± bootstrap standard error\n{table(columns, args.by_length)}")
+    if not all_saved:
+        sys.exit(2)
 
 
 def main(argv=None):

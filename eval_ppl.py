@@ -45,8 +45,8 @@ from tqdm import tqdm
 import data
 import texts
 import tokenizer
-from common import (DataError, Parser, add_device_flags, align, check_plot, load_checkpoint, one_line_errors,
-                    pick_device, pick_dtype, result_path, save_figure, write_result)
+from common import (DataError, Parser, add_device_flags, align, check_different, check_plot, load_checkpoint,
+                    one_line_errors, pick_device, pick_dtype, result_path, save_figure, write_result)
 from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -700,6 +700,7 @@ def check_flags(args):
         raise ValueError(f"--context does not apply to --method {args.method}")
     if args.plot and not METHODS[args.method].by_prompt:
         raise ValueError("--plot needs --method left-to-right")
+    check_different(args.checkpoint, args.results)
     check_plot(args.plot)
 
 
@@ -725,7 +726,7 @@ def check(args, loaded):
 
 
 def evaluate_checkpoint(checkpoint, text, windows, args, command):
-    """Evaluate one checkpoint, write its JSON file, return the report."""
+    """Evaluate one checkpoint, write its JSON file. Returns the report, and whether it was written."""
     # Say in one line what the numbers are
     method = METHODS[args.method]
     masks_follow = method.by_prompt and not checkpoint.model.config.causal
@@ -763,8 +764,7 @@ def evaluate_checkpoint(checkpoint, text, windows, args, command):
               "method": args.method, "suffix": suffix, "samples": args.samples,
               "dtype": str(checkpoint.model.dtype).removeprefix("torch."), "device": args.device,
               **measured}
-    write_result(path, report)
-    return report
+    return report, write_result(path, report)
 
 
 def run(args, command):
@@ -784,25 +784,26 @@ def run(args, command):
 
     # The table shows what is done, also when a later checkpoint fails or Ctrl-C ends the program
     reports = []
+    all_saved = True
     try:
         for job in jobs:
-            reports.append(evaluate_checkpoint(*job, args, command))
+            report, saved = evaluate_checkpoint(*job, args, command)
+            reports.append(report)
+            all_saved = all_saved and saved
     finally:
         if reports:
             show(reports)
     if args.plot:
         plot(reports, args.plot)
+    if not all_saved:
+        sys.exit(2)
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        try:
-            run(args, shlex.join(["python", "eval_ppl.py", *words]))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        run(args, shlex.join(["python", "eval_ppl.py", *words]))
 
 
 if __name__ == "__main__":

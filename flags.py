@@ -192,7 +192,7 @@ def check_args(args):
     for name in ["learning_rate", "muon_lr", "weight_decay", "grad_clip", "warmup_iters", "seed",
                  "train_tokens"]:
         if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"{name} must not be negative, not {getattr(args, name)}")
+            raise ValueError(f"{name} must be a number of at least 0, not {getattr(args, name)}")
     for name in ["decay_fraction", "min_lr_fraction"]:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], not {getattr(args, name)}")

@@ -215,6 +215,21 @@ def flags_in_force(args):
     return flags
 
 
+def check_space(out_dir, model):
+    """Raises DataError if the disk has too little space: otherwise only the first save would show it.
+
+    A checkpoint holds the weights and AdamW's two moments of each, which is more than Muon has. The last one is
+    kept until the next one is complete.
+    """
+    checkpoint = 3 * sum(p.numel() * p.element_size() for p in model.parameters())      # bytes
+    exists = os.path.exists(os.path.join(out_dir, "ckpt.pt"))
+    needed = checkpoint if exists else 2 * checkpoint
+    free = shutil.disk_usage(out_dir).free
+    if free < needed:
+        raise DataError(f"{out_dir}: checkpoints of this model need {needed / 1e6:.1f} MB, and the disk has "
+                        f"{free / 1e6:.1f} MB left: make space, or name another --out_dir")
+
+
 def write_folder(args, config, dataset):
     """Write what makes a folder a checkpoint besides the weights.
 

@@ -179,7 +179,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, ord
 def check(model, temperature, top_k, order, steps):
     """Raises ValueError, one line, if these make no sense."""
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
+        raise ValueError(f"temperature must be a number of at least 0 (greedy), not {temperature}")
     if order not in ("left", "confidence"):
         raise ValueError(f"order must be left or confidence, not {order}")
     for name, value in [("top_k", top_k), ("steps", steps)]:

@@ -12,7 +12,7 @@ are those of the model's own joint distribution. Two things to know when reading
 
 - A model that has learned little has small singular values for the wrong reason: it predicts p(y)
   everywhere, and chi2 is 0. So compare models along their training (several checkpoints of a run) or
-  at equal validation loss, which is printed beside.
+  at equal loss on the contexts, which is printed beside.
 - chi2 of n contexts is too small on average (one context: 0), for large n by a constant over n. So it
   is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). That is still too small
   while the differences from n/4 to n/2 to n do not halve.
@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 import cooccurrence
 import data
-from common import (DataError, Parser, add_device_flags, align, check_dataset, check_plot, load_checkpoint,
-                    one_line_errors, pick_device, pick_dtype, result_path, save_figure,
+from common import (DataError, Parser, add_device_flags, align, check_dataset, check_different, check_plot,
+                    load_checkpoint, one_line_errors, pick_device, pick_dtype, result_path, save_figure,
                     write_result)
 from objectives import OBJECTIVES, Draw, Options, window_size
 
@@ -198,7 +198,7 @@ def table(results):
         values = [column.get(key) for column in columns]
         return [name, *["-" if value is None else f"{value:.{digits}f}" for value in values]]
 
-    rows = [["", *results], row("updates", "step", 0), row("validation loss (nats)", "loss")]
+    rows = [["", *results], row("updates", "step", 0), row("loss on these contexts (nats)", "loss")]
     for i in numbers:
         for column in columns:
             s = column["singular_values"]
@@ -255,10 +255,12 @@ def main(argv=None):
             raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
         if args.seed < 0:
             raise ValueError(f"--seed must be at least 0, not {args.seed}")
+        check_different(args.checkpoint, args.results)
         check_plot(args.plot)
         device = pick_device(args.device)
 
         results = {}
+        all_saved = True
         for checkpoint in args.checkpoint:
             model, config = load_checkpoint(checkpoint, device)
             model.dtype = pick_dtype(args.dtype, device)
@@ -268,10 +270,13 @@ def main(argv=None):
                       "command": shlex.join(["python", "spectrum.py", *argv]), "seed": args.seed,
                       **measure(model, shards, options, args.contexts, args.seed, args.features)}
             results[checkpoint] = result
-            write_result(result_path(checkpoint, "spectrum.json", args.results), result)
+            saved = write_result(result_path(checkpoint, "spectrum.json", args.results), result)
+            all_saved = all_saved and saved
         print(table(results))
         if args.plot:
             figure(args.plot, results)
+        if not all_saved:
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,10 @@ def load_tokenizer(folder):
     except DataError:
         raise
     except Exception as error:                              # also whatever tiktoken raises for a damaged one
-        raise DataError(f"{path} is missing or damaged: {error!r}") from None
+        missing = isinstance(error, FileNotFoundError)
+        state = "missing" if missing else f"damaged ({type(error).__name__})"
+        raise DataError(f"{path} is {state}. Copy it again: a dataset and the checkpoints trained on it "
+                        "have the same one") from None
 
 
 def token_bytes(encoding):

@@ -32,8 +32,8 @@ from common import DataError, hold, one_line_errors, output_may_close, peak_flop
 from flags import check_folder, make_options, parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Batch, Draw
-from run import (all_reduce, check_finite, command, compiled, in_first_process, leave_together, load_data,
-                 log, one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore,
+from run import (all_reduce, check_finite, check_space, command, compiled, in_first_process, leave_together,
+                 load_data, log, one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore,
                  resume_command, save, say, say_passes, show_speed, start_processes, stop_vote, together,
                  write_folder)
 from sample import demonstration
@@ -251,6 +251,7 @@ def pretrain(args, meta, shards, options):
                 "to train it further, give a larger --max_iters")
             return 0
     set_rates(optimizers, args)
+    in_first_process(lambda: check_space(args.out_dir, model))
     in_first_process(lambda: write_folder(args, config, dataset))
 
     # The sequences of the global batch that this process works on, in micro-batches

@@ -22,6 +22,7 @@ peak MiB       What tensors take up at most during a step, beyond those that are
 import copy
 import multiprocessing
 import platform
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -270,7 +271,9 @@ def run(args):
               "flags": {**vars(args), "objective": names}, "ceiling": most, "objectives": results}
     tokens = np.random.default_rng(0).integers(args.vocab_size, size=2 ** 21)
     shards = [tokens.astype(np.uint32)]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+    context = multiprocessing.get_context("spawn")
+    ignore = (signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for this process, which ends it
+    with ProcessPoolExecutor(1, context, signal.signal, ignore) as other:
         for name in names:
             print(f"measuring {name} ...", flush=True)
             results[name] = measure(args, name, shards, most, other)

@@ -4,6 +4,7 @@ bench.py: that it measures what it says. CPU; times themselves are not tested.
     python -m pytest tests/test_bench.py
 """
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -152,6 +153,18 @@ def test_every_number_follows_from_the_times(monkeypatch, capsys):
     assert results["mlm"]["scored"] == 4 * round(.15 * 16)
     printed = capsys.readouterr().out
     assert all(f"{r['tokens_per_second']:.0f}" in printed for r in results.values())
+
+
+def test_ctrl_c_is_for_the_process_that_measures(monkeypatch):
+    """The other one would print a traceback of its own."""
+    monkeypatch.setattr(bench, "ceiling", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench, "table", str)
+
+    def ignores_it(args, objective, shards, most, other):
+        return other.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+
+    monkeypatch.setattr(bench, "measure", ignores_it)
+    assert all(bench.run(parse())["objectives"].values())
 
 
 @pytest.mark.slow

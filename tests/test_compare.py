@@ -589,6 +589,16 @@ def test_a_command_that_fails_says_how_it_ended(monkeypatch, tmp_path):
         assert crash.startswith("(ended by a signal: Segmentation fault") and "Fatal Python error" in crash
 
 
+def test_an_evaluation_that_cannot_save_its_result_is_not_finished(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    (tmp_path / "eval_ppl.py").write_text("print('error: not saved: a.json\\na table'); raise SystemExit(2)")
+    run = compare.Run(None, 0, tmp_path)
+    args = type("Args", (), {"jobs": 1})
+    with pytest.raises(ValueError, match="exit code 2.: error: not saved: a.json"):
+        compare.execute([(run, [compare.Command(["eval_ppl.py"], 1)])], args)
+    assert not (tmp_path / "finished.json").exists()
+
+
 def test_no_matplotlib_is_said_before_any_run(scripts, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)      # importing it raises ImportError
     for flag in ("--plot", "--curves"):
@@ -645,7 +655,7 @@ def test_a_result_is_read_for_its_weights_only(tmp_path, capsys):
     assert common.read_result(path, "a") is None
     (tmp_path / "file").write_text("")
     common.write_result(tmp_path / "file" / "eval.json", {})
-    assert capsys.readouterr().err.startswith("not saved: ")
+    assert capsys.readouterr().err.startswith("error: not saved: ")
 
 # -----------------------------------------------------------------------------
 # The real scripts

@@ -532,7 +532,7 @@ def test_a_failure_in_the_second_task_keeps_the_first(checkpoints, monkeypatch):
         return evaluate(model, encoding, task, args)
 
     monkeypatch.setattr(eval_glue, "evaluate", fails)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         main("--tasks", "RTE", "WNLI")
     assert names(report()) == ["RTE"]
 
@@ -556,8 +556,10 @@ def test_hint_about_what_is_there_works_when_typed_in(checkpoints):
 
 def test_where_nothing_can_be_written_the_table_is_printed_and_one_line_says_so(checkpoints, capsys):
     (checkpoints / "vlm/eval_glue.json.tmp").mkdir()                        # not even root can write here
-    eval_glue.main(["--checkpoint", "vlm", "--glue_dir", "glue", "--tasks", "RTE", "WNLI"])
+    with pytest.raises(SystemExit) as stop:
+        eval_glue.main(["--checkpoint", "vlm", "ar", "--glue_dir", "glue", "--tasks", "RTE", "WNLI"])
     out, err = capsys.readouterr()
+    assert stop.value.code == 2 and names(report("ar")) == ["RTE", "WNLI"]
     assert "RTE, accuracy, mean" in out and "WNLI, accuracy, mean" in out
     assert err.count("\n") == 1 and "--results DIR" in err
     eval_glue.main(["--checkpoint", "vlm", "--glue_dir", "glue", "--tasks", "RTE", "--results", "mine"])
@@ -565,12 +567,21 @@ def test_where_nothing_can_be_written_the_table_is_printed_and_one_line_says_so(
     assert not Path("vlm/eval_glue.json").exists()
 
 
-def test_two_checkpoints_do_not_share_a_file_of_results(checkpoints, capsys):
+@pytest.mark.parametrize("flags, message", [("vlm vlm", "vlm twice"), ("vlm other/vlm --results mine", "same name")])
+def test_two_checkpoints_do_not_share_a_file_of_results(checkpoints, capsys, flags, message):
     save(checkpoints / "other/vlm", True)
     with pytest.raises(SystemExit) as stop:
-        eval_glue.main(["--checkpoint", "vlm", "other/vlm", "--glue_dir", "glue", "--tasks", "RTE",
-                        "--results", "mine"])
-    assert stop.value.code == 2 and "same name" in capsys.readouterr().err
+        eval_glue.main(["--glue_dir", "glue", "--tasks", "RTE", "--checkpoint", *flags.split()])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_malformed_rows_are_said_where_there_are_some(checkpoints, capsys):
+    main("--tasks", "WNLI")
+    assert "malformed" not in capsys.readouterr().out
+    with open("glue/WNLI/train.tsv", "a") as file:
+        file.write("60\ta\tc\tno label\n")
+    main("--tasks", "WNLI")
+    assert "1 malformed rows skipped" in capsys.readouterr().out
 
 # -----------------------------------------------------------------------------
 # What is compared with what

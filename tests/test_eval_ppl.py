@@ -543,6 +543,8 @@ def test_causal_models_are_refused_in_one_line(work, capsys, method):
     (["--text", "t.txt", "--method", "bound", "--plot"], "--plot needs"),
     (["--val"], "toy"),
     (["--val", "--checkpoint", "out/mlm", "out/other"], "one and the same dataset"),
+    (["--text", "t.txt", "--checkpoint", "out/mlm", "./out/mlm/"], "out/mlm/ twice"),
+    (["--text", "t.txt", "--checkpoint", "out/mlm", "b/mlm", "--results", "r"], "folders of the same name"),
     (["--text", "t.txt", "--checkpoint", "out/nothing"], "holds no checkpoint")])
 def test_bad_input_is_refused_in_one_line(work, capsys, flags, message):
     (work / "latin.txt").write_bytes(b"caf\xe9 au lait")
@@ -625,14 +627,15 @@ def test_texts_of_one_name_do_not_share_a_file(work, capsys):
 
 
 def test_results_go_elsewhere_or_are_shown_only(work, capsys):
-    """A checkpoint that one may only read: its results are on the screen, and a line says the rest."""
+    """A checkpoint that one may only read: its results are on the screen, and a line and exit code 2 say the rest."""
     command = ["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "3"]
     name = f"eval_ppl_{TEXT_NAME}_left-to-right-3-windows.json"
     os.makedirs(f"out/mlm/{name}.tmp")                                      # so it cannot be written
-    eval_ppl.main(command)
+    with pytest.raises(SystemExit) as stop:
+        eval_ppl.main(command)
     out, err = capsys.readouterr()
-    assert "all: perplexity" in out and "mlm  " in out
-    assert err.count("\n") == 1 and f"not saved: out/mlm/{name}" in err and "--results" in err
+    assert stop.value.code == 2 and "all: perplexity" in out and "mlm  " in out
+    assert err.count("\n") == 1 and f"error: not saved: out/mlm/{name}" in err and "--results" in err
     assert os.path.exists(f"out/dar/{name}")
     os.remove(f"out/dar/{name}")
     eval_ppl.main([*command, "--results", "elsewhere"])

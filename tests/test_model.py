@@ -848,11 +848,13 @@ def test_unpickling_attack_is_refused(tmp_path, how):
 
 
 def test_missing_checkpoint(tmp_path):
-    message = refused(tmp_path / "nowhere")
+    assert "the folder does not exist" in refused(tmp_path / "nowhere")
+    message = refused(tmp_path)
     assert "config.json is missing" in message and "train.py" in message, \
         "say which file is missing and what to do"
     save_config(tmp_path, make(False).config)
     assert "ckpt.pt is missing" in refused(tmp_path)
+    assert "is a file: give the folder" in refused(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "config.json"])
@@ -862,7 +864,9 @@ def test_corrupt_checkpoint(tmp_path, name, damage):
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes({"half": data[:len(data) // 2], "empty": b"",
                                    "noise": b"\x93not it\n" * 50}[damage])
-    refused(tmp_path)
+    message = refused(tmp_path)
+    assert f"{tmp_path / name} cannot be read: " in message and "copy it again" in message
+    assert name == "config.json" or "it is no checkpoint, or only a part of one" in message
 
 
 @pytest.mark.parametrize("change", [{"n_embd": 32}, {"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 200},

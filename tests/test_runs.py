@@ -249,6 +249,19 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(run, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_too_little_space_is_said_before_training(run, tmp_path, monkeypatch):
+    """A new run keeps two checkpoints for a moment. One that goes on has written the first of them."""
+    run("--max_iters", "1")
+    one = 3 * 4 * sum(weight.numel() for weight in weights_of(tmp_path / "out").values())
+    assert 0.5 < one / (tmp_path / "out/ckpt.pt").stat().st_size < 2
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage._replace(free=1.5 * one))
+    _, err = run("--max_iters", "1", out="new", code=2)
+    assert err.count("\n") == 1 and f"new: checkpoints of this model need {2 * one / 1e6:.1f} MB" in err
+    assert not list((tmp_path / "new").iterdir())
+    resume(tmp_path / "out", "--max_iters", "2")
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
     (tmp_path / "file").write_text("")
     _, err = run("--max_iters", "1", out="file/out", code=2)

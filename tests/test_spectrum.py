@@ -347,7 +347,7 @@ def test_two_checkpoints_in_one_table(run_folder):
         assert result["chi2"] < 1e-6 if name == "untrained" else result["chi2"] > 0.1
         assert result["hitting"] >= model.config.vocab_size - 1 - 1e-6
         assert 1 <= result["effective_rank"] <= 32
-        assert f"{result['loss']:.3f}" in out.stdout
+        assert f"{result['loss']:.3f}" in out.stdout and "loss on these contexts (nats)" in out.stdout
         text = spectrum.sample_contexts(*spectrum.held_out_text(name, config), range(64), seed=0).text
         assert (text < model.config.vocab_size).all()                       # nothing is masked
         pooled = model.features(torch.from_numpy(text)).mean(1).detach().double().numpy()
@@ -390,6 +390,7 @@ def test_measured_again_it_is_the_same(run_folder):
 
 @pytest.mark.parametrize("arguments, reason", [
     (["--contexts", "3"], "at least 4"), (["--seed", "-1"], "at least 0"),
+    (["--checkpoint", "nowhere", "nowhere"], "nowhere twice"),
     (["--checkpoint", "nowhere"], "no checkpoint"), (["--data_dir", "nowhere"], "no dataset")])
 def test_bad_input_is_one_line_and_exit_2(arguments, reason, run_folder, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -397,6 +398,16 @@ def test_bad_input_is_one_line_and_exit_2(arguments, reason, run_folder, capsys)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert error.startswith("error: ") and reason in error
+
+
+def test_where_nothing_can_be_written_the_table_is_printed_and_the_exit_code_is_2(run_folder, tmp_path, capsys):
+    (tmp_path / "untrained/spectrum.json.tmp").mkdir(parents=True)
+    paths = [str(run_folder / name) for name in ("untrained", "random")]
+    with pytest.raises(SystemExit) as stop:
+        spectrum.main(["--checkpoint", *paths, "--contexts", "8", "--results", str(tmp_path)])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and "chi2, all contexts" in out and (tmp_path / "random/spectrum.json").exists()
+    assert error.startswith("error: not saved: ") and error.count("\n") == 1
 
 
 def test_another_dataset_of_the_same_name_is_refused(run_folder, tmp_path, capsys):
