@@ -18,7 +18,7 @@ from tokenizer import save_tokenizer
 SCRIPTS = [("sample", "run", ["--checkpoint", "x"]), ("eval_ppl", "run", ["--checkpoint", "x"]),
            ("eval_glue", "run", ["--checkpoint", "x"]), ("spectrum", "pick_device", []), ("data", "prepare", []),
            ("cooccurrence", "check", []), ("report", "read", ["x"]), ("dev.bench", "run", []),
-           ("dev.overlap", "print_overlap", []), ("dev.student_copy", "make_copy", ["x"])]
+           ("dev.overlap", "print_overlap", [])]
 
 
 def stopped(capsys, script, *flags):
