@@ -207,12 +207,14 @@ def download_into(folder, otherwise):
 
     otherwise: what does without the download, for a machine that has no network.
     """
+    existed = os.path.exists(folder)
     try:
         with locked(folder):
             yield
     except DataError as error:
         with contextlib.suppress(OSError):                  # not empty: what has arrived stays
-            os.removedirs(folder)
+            if not existed:
+                os.rmdir(folder)
         raise DataError(f"{error} ({otherwise})") from None
 
 

@@ -138,7 +138,8 @@ def parse_setting(text, args):
     objectives.check(given)
     unused = objectives.without_effect(flags.make_options(given, Options.vocab_size))
     if unused:
-        raise ValueError(f"--runs {text!r}: --{unused[0]} has no effect on {given.objective}, leave it out")
+        raise ValueError(f"--runs {text!r}: --{unused[0]} has no effect on {given.objective}: "
+                         "leave it out, or give it to other settings of --runs")
 
     options = json.loads(json.dumps(vars(given)))           # as config.json holds them
     return Setting(shlex.join(shlex.split(text)), words, options)

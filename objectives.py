@@ -27,7 +27,7 @@ import numpy as np
 
 @dataclass
 class Options:
-    """What an objective may depend on. Each has a flag of the same name in flags.py, and so does a new one."""
+    """What an objective may depend on. Each has a flag of the same name in flags.py: a new one needs it too."""
     objective: str = "vlm"
     block_size: int = 128               # T, tokens the model sees
     vocab_size: int = 2048              # ids that stand for text; the mask token is the next one
@@ -95,8 +95,8 @@ def dar(x, draw, options):
 def score_every_position(inputs, targets):
     """inputs (B, T), targets (B, T, K) -> a Batch in which all N = B*T positions have weight 1."""
     require(targets.shape[:2] == inputs.shape,
-            f"targets of shape {targets.shape} for inputs of shape {inputs.shape}: does the objective's "
-            "entry in OBJECTIVES say how far `ahead` its targets reach?")
+            f"inputs {inputs.shape} and targets {targets.shape} have not the same positions: inputs are the "
+            "first T tokens, and a window reaches as far beyond them as `ahead` says in OBJECTIVES")
     n = inputs.size
     return Batch(inputs, np.arange(n), targets.reshape(n, -1), np.ones(n, dtype=np.float32))
 
@@ -160,7 +160,7 @@ def mask_batch(x, masked, slots, draw, options):
     masked = np.asarray(masked, dtype=bool)                                     # a tensor will do
     if masked.sum() > slots:
         raise WrongBatch(f"{masked.sum()} masked tokens do not fit {slots} slots: "
-                         "are the sequence indices consecutive?")
+                         "slots must be at least the number of masked positions of any batch")
 
     # What the model sees. BERT's corruption: 80 % mask, 10 % a random token, 10 % unchanged
     inputs = np.where(masked, options.mask_token, x)
@@ -413,8 +413,8 @@ def check_leak(batch, options):
 def check_most_masks(batch, options):
     """Raises WrongBatch if a sequence has more masks than OBJECTIVES says.
 
-    Sampling and evaluation go by that number: they show the model as many masks, and take a model without
-    masks for one of the next token.
+    Sampling and evaluation go by that number: they show the model that many masks, and treat a model
+    without masks as one of the next token.
     """
     most = OBJECTIVES[options.objective].most_masks(options)
     masks = (batch.inputs == options.mask_token).sum(axis=1).max()

@@ -29,6 +29,8 @@ def call(function, *arguments):
         return function(*arguments)
     except NotImplementedError:
         raise
+    except WrongBatch as error:                             # a sentence already
+        pytest.fail(f"{getattr(function, '__name__', 'the function')}: {error}", pytrace=False)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "site-packages" not in frame.filename]

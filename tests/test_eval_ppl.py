@@ -865,7 +865,7 @@ def test_bad_downloads_are_refused_in_one_line(work, serve, capsys, what):
     assert stop.value.code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert not [p for p in set(work.rglob("*")) - before if p.suffix == ".raw"]
     if what == "403":
-        assert "without a network: --val, or --text FILE" in err and not (work / "data").exists()
+        assert "without a network: --val, or --text FILE" in err and not (work / "data/wikitext-2").exists()
 
 
 def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):

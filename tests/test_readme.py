@@ -2,6 +2,7 @@
 Every command, file and flag that README.md and docs/ name exists: commands are parsed by the scripts' own
 parsers.
 """
+import ast
 import importlib
 import re
 import shlex
@@ -27,7 +28,7 @@ def commands():
         for block in re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S):
             found += [part.strip() for line in lines_of(block) for part in line.split("&&")]
     for path in SCRIPTS:
-        docstring = path.read_text().split('"""')[1].replace("\\\n", " ")
+        docstring = (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").replace("\\\n", " ")
         found += lines_of("\n".join(re.findall(r"^    ((?:python|torchrun) .*)", docstring, flags=re.M)))
     ours = [line for line in found if re.search(r"\b[a-z_]+\.py\b", line) and "|" not in line]
     return sorted({line for line in ours if not line.startswith("python -m ")})
