@@ -6,13 +6,10 @@ only hold tables and numbers that this command prints. README's findings may hol
 """
 import contextlib
 import io
-import itertools
-import json
 import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import report
@@ -113,38 +110,10 @@ def section(page, heading):
 
 @pytest.mark.slow
 def test_the_verdicts_are_printed_somewhere(printed):
-    """All columns of verdicts but the last, which is of an older format: see below."""
     everything = "\n".join(printed(text) for _, text in sections())
     for row in table_rows(section("docs/RESULTS.md", "Verdicts"))[1:]:
-        unknown = numbers(" ".join(row[1:-1])) - readings(everything)
+        unknown = numbers(" ".join(row[1:])) - readings(everything)
         assert not unknown, f"{row[0]}: no report.py command of the docs prints {', '.join(sorted(unknown))}"
-
-
-def test_english_numbers_are_those_of_the_older_file():
-    """results/compare-glue.json holds {objective: {seed: {measurement: value}}} and no test documents."""
-    runs = json.loads((ROOT / "results/compare-glue.json").read_text(encoding="utf-8"))["results"]
-    names = list(next(iter(runs["mlm"].values())))
-    values = {objective: {name: np.array([run[name] for run in by_seed.values() if name in run]) for name in names}
-              for objective, by_seed in runs.items()}
-
-    # The table: each cell is a mean [least, greatest] of its column's objective
-    head, *rows = table_rows(section("docs/RESULTS.md", "English"))
-    for objective, column in zip(head[1:], list(zip(*rows))[1:]):
-        known = {report.mean_and_range(found) for found in values[objective].values() if len(found)}
-        assert set(column) - {""} <= known, f"{objective}: {set(column) - {''} - known}"
-
-    # The verdicts: paired ratios of perplexities and their change in percent, differences of probes in points
-    known = set()
-    for a, b in itertools.permutations(values.values(), 2):
-        for name in names:
-            if name.startswith("perplexity"):
-                for other in (name, f"{name}, suffix matched"):
-                    ratio = (a[name] / b[other]).mean() if len(a[name]) and len(b.get(other, [])) else 1
-                    known |= {f"{ratio:.1f}", f"{abs(1 - ratio) * 100:.0f}"}
-            else:
-                known.add(f"{abs((a[name] - b[name]).mean()):.1f}")
-    for row in table_rows(section("docs/RESULTS.md", "Verdicts"))[1:]:
-        assert numbers(row[-1]) <= known, f"{row[0]}: {numbers(row[-1]) - known}"
 
 
 def test_there_are_such_sections():
