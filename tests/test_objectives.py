@@ -534,6 +534,17 @@ def test_mask_batch_bert_corruption():
             "mask_batch, corruption bert: the corruption is the same at every step: it must "
             "come from `draw`")
 
+    # About 30 random tokens per sequence, of a vocabulary that is much larger than the text
+    batch, options = call_mask_batch(x, masked, vocab_size=10_000, corruption="bert")
+    for seen, true in zip(batch.inputs, x):
+        random = seen[(seen != options.mask_token) & (seen != true)]
+        explain((random > x.max()).any(),
+                "mask_batch, corruption bert: random tokens are tokens of the text: each must be drawn "
+                "from the whole vocabulary")
+        explain(len(set(random)) > 1,
+                "mask_batch, corruption bert: all random tokens of a sequence are the same: each must be "
+                "drawn on its own")
+
 
 @pytest.mark.exercise3
 @pytest.mark.parametrize("block_size,ratio,count", [(16, 0.4, 6), (16, 0.17, 3), (16, 0.15, 2), (16, 0.5, 8),
