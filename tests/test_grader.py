@@ -788,6 +788,11 @@ def masks_fixed_seed(counts, draw, options):
     return np.random.default_rng(0).permuted(np.arange(options.block_size) < counts[:, None], axis=1)
 
 
+@wrong(3, "uniform_masks", "with 4 sequences at a time: the positions are not masked equally often")
+def masks_ranked_over_sequences(counts, draw, options):
+    return draw.per_sequence(options.block_size).argsort(axis=0).argsort(axis=1) < counts[:, None]
+
+
 @wrong(3, "uniform_masks", "the masks of two sequences depend on each other")
 def masks_pairs_of_rows(counts, draw, options):
     u = draw.per_sequence(options.block_size)

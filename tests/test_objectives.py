@@ -447,14 +447,21 @@ def test_uniform_masks_has_the_given_count_in_every_row():
 
 @pytest.mark.exercise3
 def test_uniform_masks_draws_every_set_equally_often():
-    # Few sequences at a time: what mixes up their random numbers shows there
-    masked = np.concatenate([draw_masks(np.full(4, 3), step) for step in range(2500)])
+    masked = draw_masks(np.full(10_000, 3))
     explain((masked.sum(axis=1) == 3).all(),
             "uniform_masks: every sequence must have 3 masked positions here, but they have "
             f"{masked.sum(axis=1).min()} to {masked.sum(axis=1).max()}")
     explain_uniform_sets(masked, "uniform_masks")
-    explain((masked[:100] != masked[100:200]).any(),
+    other = draw_masks(np.full(10_000, 3), step=1)
+    explain((masked != other).any(),
             "uniform_masks: the masks are the same at every step: they must come from `draw`")
+
+
+@pytest.mark.exercise3
+def test_uniform_masks_is_uniform_in_small_batches():
+    """What mixes up the random numbers of different sequences shows where there are few of them."""
+    masked = np.concatenate([draw_masks(np.full(4, 3), step) for step in range(2500)])
+    explain_uniform_sets(masked, "uniform_masks with 4 sequences at a time")
 
 
 @pytest.mark.exercise3
