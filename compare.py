@@ -136,9 +136,9 @@ def parse_setting(text, args):
 
     # What train.py would refuse
     objectives.check(given)
-    unused = objectives.without_effect(flags.make_options(given, Options.vocab_size))
+    unused = flags.flag_without_effect(given, Options.vocab_size)
     if unused:
-        raise ValueError(f"--runs {text!r}: --{unused[0]} has no effect on {given.objective}: "
+        raise ValueError(f"--runs {text!r}: --{unused} has no effect on {given.objective}: "
                          "leave it out, or give it to other settings of --runs")
 
     options = json.loads(json.dumps(vars(given)))           # as config.json holds them

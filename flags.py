@@ -217,6 +217,16 @@ def check_folder(args):
                         "continue it with --resume, or replace it with --overwrite")
 
 
+def flag_without_effect(args, vocab_size):
+    """The name of a flag that is not at its default though the objective never reads it, or None."""
+    given = make_options(args, vocab_size)
+    default = make_options(build_parser().parse_args([]), vocab_size)
+    for name in objectives.never_read(given):
+        if getattr(given, name) != getattr(default, name):
+            return name
+    return None
+
+
 def make_options(args, vocab_size):
     """The flags an objective may depend on, as objectives.Options."""
     names = [field.name for field in fields(Options) if field.name != "vocab_size"]

@@ -425,10 +425,10 @@ def check_most_masks(batch, options):
             f"a sequence has {masks} masks, but most_masks in OBJECTIVES says {most} at most")
 
 
-def without_effect(options):
-    """Names of the settings that are not at their default, though the objective never reads them.
+def never_read(options):
+    """Names of the options that the objective never reads, so that they have no effect on it.
 
-        objective mlm, mask_ratio 0.3, lookahead 4  ->  ["lookahead"]
+        objective "ar"  ->  ["vocab_size", "lookahead", "dar_estimator", "mask_ratio", ...]
     """
     read = set()
 
@@ -443,9 +443,7 @@ def without_effect(options):
     read.clear()
     width = window_size(observed)
     OBJECTIVES[options.objective].batch(np.zeros((2, width), np.int64), Draw(0, 0, range(2)), observed)
-
-    default = vars(Options(options.objective, options.block_size, options.vocab_size))
-    return [name for name, value in vars(options).items() if value != default[name] and name not in read]
+    return [name for name in vars(options) if name not in read]
 
 
 def first_outside(values, last):

@@ -29,7 +29,7 @@ import torch
 import data
 import objectives
 from common import DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory
-from flags import check_folder, make_options, parse_args
+from flags import check_folder, flag_without_effect, make_options, parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Batch, Draw
 from run import (all_reduce, check_finite, check_space, command, compiled, in_first_process, leave_together,
@@ -79,9 +79,9 @@ def check_first_batch(shards, options, args):
         objectives.check_batch(batch, options)
     except objectives.WrongBatch as error:
         raise DataError(f"objectives.py, {options.objective}: {error}") from None
-    unused = objectives.without_effect(options)
+    unused = flag_without_effect(args, options.vocab_size)
     if unused and not args.resume:
-        raise DataError(f"--{unused[0]} has no effect on {options.objective}: leave it out")
+        raise DataError(f"--{unused} has no effect on {options.objective}: leave it out")
 
 
 def prefetch(make, batches, first, last):

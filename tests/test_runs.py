@@ -488,6 +488,19 @@ def test_an_error_is_said_once_in_all(data_dir, tmp_path, flags, message):
     assert "[rank" not in done.stderr, "a traceback of a process"
 
 
+def test_a_flag_may_have_another_default_than_its_field(run, monkeypatch):
+    """Nobody gave it, so it is no mistake."""
+    parser = flags.build_parser
+
+    def other_default():
+        p = parser()
+        p.set_defaults(lookahead=5)
+        return p
+
+    monkeypatch.setattr(flags, "build_parser", other_default)
+    run("--objective", "ar", "--max_iters", "1")
+
+
 def test_an_error_in_an_objective_keeps_its_traceback(run, monkeypatch):
     """It is a mistake in code: a line without its place would not help."""
     def broken(x, draw, options):
