@@ -221,10 +221,10 @@ def flag_without_effect(args, vocab_size):
     """The name of a flag that is not at its default though the objective never reads it, or None."""
     given = make_options(args, vocab_size)
     default = make_options(build_parser().parse_args([]), vocab_size)
-    for name in objectives.never_read(given):
-        if getattr(given, name) != getattr(default, name):
-            return name
-    return None
+    changed = {name for name, value in vars(given).items() if value != getattr(default, name)}
+    changed -= {"objective", "block_size"}                  # every objective depends on these
+    unread = objectives.never_read(given) if changed else []
+    return next((name for name in unread if name in changed), None)
 
 
 def make_options(args, vocab_size):

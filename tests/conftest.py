@@ -120,7 +120,8 @@ def unwritten(report, call):
         return match[1]
     # The same, where the test did not keep what the script said
     blank = blank_bodies()
-    return blank[0] if blank and "subprocess" in report.longreprtext + Path(report.fspath).read_text() else None
+    source = (ROOT / report.fspath).read_text(encoding="utf-8")             # a test may be in another folder
+    return blank[0] if blank and "subprocess" in report.longreprtext + source else None
 
 
 @lru_cache
