@@ -223,7 +223,10 @@ def flag_without_effect(args, vocab_size):
     default = make_options(build_parser().parse_args([]), vocab_size)
     changed = {name for name, value in vars(given).items() if value != getattr(default, name)}
     changed -= {"objective", "block_size"}                  # every objective depends on these
-    unread = objectives.never_read(given) if changed else []
+    try:
+        unread = objectives.never_read(given) if changed else []
+    except NotImplementedError:                             # an exercise: its function is not written yet
+        return None
     return next((name for name in unread if name in changed), None)
 
 
