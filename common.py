@@ -568,8 +568,7 @@ def open_in_checkpoint(out_dir, name):
         raise DataError(f"{out_dir} is a file: give the folder that train.py wrote, such as out/vlm")
     if not os.path.exists(path):
         missing = f"{path} is missing" if os.path.isdir(out_dir) else "the folder does not exist"
-        raise DataError(f"{out_dir} holds no checkpoint: {missing} "
-                        "(train one: python train.py)")
+        raise DataError(f"{out_dir} holds no checkpoint: {missing} (train one: python train.py)")
     try:
         with open(path, "rb") as file:
             yield file

@@ -148,8 +148,8 @@ def saved_flags(parser, argv, out_dir):
     if saved is None:
         raise ValueError(f"{out_dir} cannot be resumed: its config.json holds no flags of train.py")
     known = {action.dest for action in parser._actions}
+    saved["data_dir"] = data.folder_of(saved)
     parser.set_defaults(**{name: value for name, value in saved.items() if name in known})
-    parser.set_defaults(data_dir=data.folder_of(saved))
     args = parser.parse_args(argv)
     args.out_dir = out_dir
     if args.preset == "auto":                   # was settled when the run began
@@ -223,8 +223,10 @@ def flag_without_effect(args, vocab_size):
     default = make_options(build_parser().parse_args([]), vocab_size)
     changed = {name for name, value in vars(given).items() if value != getattr(default, name)}
     changed -= {"objective", "block_size"}                  # every objective depends on these
+    if not changed:
+        return None
     try:
-        unread = objectives.never_read(given) if changed else []
+        unread = objectives.never_read(given)
     except NotImplementedError:                             # an exercise: its function is not written yet
         return None
     return next((name for name in unread if name in changed), None)

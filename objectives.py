@@ -438,11 +438,13 @@ def never_read(options):
             read.add(name)
             return super().__getattribute__(name)
 
-    # Let the objective make a batch
     observed = Observed(**vars(options))
     read.clear()
-    width = window_size(observed)
-    OBJECTIVES[options.objective].batch(np.zeros((2, width), np.int64), Draw(0, 0, range(2)), observed)
+
+    # Let the objective make a batch
+    x = np.zeros((2, window_size(observed)), dtype=np.int64)
+    draw = Draw(0, 0, range(2))
+    OBJECTIVES[options.objective].batch(x, draw, observed)
     return [name for name in vars(options) if name not in read]
 
 
