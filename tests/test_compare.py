@@ -724,7 +724,7 @@ def test_a_small_run_of_all_scripts_resumes_and_notices_edits(toy, tmp_path):
     text = path.read_text()
     assert "count = mask_count(options.mask_ratio, options.block_size)" in text
     path.write_text(text.replace("count = mask_count(options.mask_ratio, options.block_size)",
-                                 "count = mask_count(0.9, options.block_size)"))
+                                 "count = mask_count(0.1, options.block_size)"))
     edited = toy(*command)
     assert edited.returncode == 2 and "another objectives.py" in edited.stderr and "|" not in edited.stdout
     new = toy(*command, "--overwrite")
