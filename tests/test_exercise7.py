@@ -116,6 +116,14 @@ def from_input(make):
     return value
 
 
+def at_all_masks(combine):
+    """combine(nats of the target at each mask, (m,)) -> number, for the right input."""
+    def value(model, row, k, masks):
+        shown = masked_input(row, k, masks[k])
+        return combine([nats(model, shown, at, row[k]) for at in range(k, len(shown))])
+    return value
+
+
 def from_logits(make):
     """make(logits (padded V,), target) -> number, for the right input."""
     def value(model, row, k, masks):
@@ -179,6 +187,18 @@ MISTAKES = [
      from_input(lambda row, k, m: (masked_input(row, k - 1, m + 1), k, row[k]))),
     ("the prompt has k-1 tokens, one too few",
      from_input(lambda row, k, m: (masked_input(row, k - 1, m), k - 1, row[k]))),
+    ("the masks come before the prompt: they follow it, as the tokens that they hide do",
+     from_input(lambda row, k, m: ([V] * m + row[:k], 0, row[k]))),
+    ("the masks come before the prompt: they follow it, as the tokens that they hide do",
+     from_input(lambda row, k, m: ([V] * m + row[:k], m - 1, row[k]))),
+    ("the masks come before the prompt: they follow it, as the tokens that they hide do",
+     from_input(lambda row, k, m: ([V] * m + row[:k], k, row[k]))),
+    ("the input is filled up with the id 0, and attention sees it: hide what follows the masks (valid), or "
+     "leave it out", from_input(lambda row, k, m: (masked_input(row, k, m) + [0] * (T - k - m), k, row[k]))),
+    ("the score is the mean over all masks: only the first stands in the target's place",
+     at_all_masks(np.mean)),
+    ("the score is the sum over all masks: only the first stands in the target's place",
+     at_all_masks(np.sum)),
     ("the prompt is not seen: everything is masked",
      from_input(lambda row, k, m: (masked_input(row, 0, k + m), k, row[k]))),
     ("the masks are the id 0, which is text: the mask token is model.config.mask_token",
@@ -225,13 +245,19 @@ def explain_nats(model, x, wanted, masks, got):
     if agree(got, expected, wanted):
         return
 
+    # All in the column before or after
+    for shift, place in ((1, "k-1"), (-1, "k+1")):
+        moved = np.roll(got, shift, axis=1)
+        explain(not ((moved != 0) == wanted).all() or not agree(moved, expected, wanted),
+                f"the scores after k tokens stand in [i, {place}]: they belong in [i, k]")
+
     # Tokens that were left out
     left_out = wanted & (got == 0)
     if left_out.any():
         i, k = np.argwhere(left_out)[0]
         explain(False,
                 f"{left_out.sum()} of {wanted.sum()} tokens that are wanted have no score, the first one token "
-                f"{k + 1} of window {i + 1}")
+                f"{k + 1} of window {i + 1}: is a last batch of fewer than batch_size forgotten?")
 
     # One number for many tokens
     per_window = wanted.sum(axis=1, keepdims=True)

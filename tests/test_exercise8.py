@@ -119,6 +119,16 @@ def test_a_prediction_does_not_depend_on_the_other_test_examples():
             "standard deviation must be those of the training split, for the test sets too")
 
 
+def test_test_sets_are_shifted_as_the_training_split_is():
+    """Adding 5 to all features changes nothing."""
+    (X, y), (test, true) = blobs(120, 0), blobs(300, 1)
+    predicted, = run(X + 5, y, [test + 5], K=3)
+    reached = accuracy(predicted, true)
+    explain(reached > 0.88,
+            f"the accuracy falls to {reached:.2f} where the mean of the features is not 0: subtract the training "
+            "split's mean from the test sets too, as the standard deviation is divided out of both")
+
+
 def test_the_more_frequent_class_where_features_say_nothing():
     """Two features that never vary: only the intercept is left."""
     y = np.random.default_rng(0).choice(3, size=100, p=[0.2, 0.2, 0.6])
@@ -126,6 +136,23 @@ def test_the_more_frequent_class_where_features_say_nothing():
     explain((predicted == 2).all(),
             "where no feature varies, the most frequent class must be predicted: is there an intercept, and "
             "is nothing divided by a standard deviation of 0?")
+
+
+def test_the_metric_is_given_predictions_first():
+    """Scores that nothing predicts exactly: those that occur in y are the true ones."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(100, 3))
+    y = X[:, 0] + rng.normal(size=100)
+    swapped = []
+
+    def metric(predicted, true):
+        in_y = [np.isclose(np.asarray(part).ravel()[:, None], y, atol=1e-5).any(axis=1).all()
+                for part in (predicted, true)]
+        swapped.append(in_y == [True, False])
+        return -float(np.mean((np.asarray(predicted) - np.asarray(true)) ** 2))
+
+    run(X, y, [X[:5]], 0, metric)
+    explain(not any(swapped), "metric is called as metric(true, predicted): it is metric(predicted, true)")
 
 
 def rare_and_frequent(n, seed, columns=60):
@@ -158,6 +185,20 @@ def test_the_strength_is_chosen_by_the_metric():
             "loss and spare the intercept, and the fit must run to convergence")
 
 
+def test_a_small_difference_of_two_features_is_found():
+    """The two vary together: it takes large weights, a weak penalty and a fit to convergence."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 1200)
+    X = rng.normal(size=(1200, 20))
+    X[:, 1] = X[:, 0] + 0.05 * (2 * y - 1)
+    predicted, = run(X[:400], y[:400], [X[400:]], K=2)
+    reached = accuracy(predicted, y[400:])
+    explain(reached > 0.9,
+            "the small difference of two features tells the class, which asks for large weights, but the "
+            f"accuracy is {reached:.2f}: is the fit run to convergence, and is a weak penalty tried, down to "
+            "STRENGTHS[-1]?")
+
+
 def test_the_intercept_of_classes_is_not_penalised():
     """However strong the penalty, the intercept still says that one class is more frequent, 70 %."""
     rng = np.random.default_rng(0)
@@ -169,7 +210,7 @@ def test_the_intercept_of_classes_is_not_penalised():
     explain(share < 0.02,
             "the metric dislikes predictions of the rare class, so a penalty must be chosen that is strong enough "
             f"to leave the frequent class alone, but {100 * share:.0f} % are predicted rare: is the intercept "
-            "penalised?")
+            "penalised, or is the cross-entropy a sum over examples, not their mean?")
 
 
 def noise(n, C, seed, copies=1):
@@ -204,20 +245,6 @@ def test_examples_of_one_group_are_held_out_together():
     explain(not known_by_heart(*noise(60, 200, seed=0, copies=4)),
             "copies of one example, with the same number in groups, are on both sides: some are fitted, "
             "others held out. Examples of one group must be held out together")
-
-
-def test_a_small_difference_of_two_features_is_found():
-    """The two vary together: it takes large weights, a weak penalty and a fit to convergence."""
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 2, 1200)
-    X = rng.normal(size=(1200, 20))
-    X[:, 1] = X[:, 0] + 0.05 * (2 * y - 1)
-    predicted, = run(X[:400], y[:400], [X[400:]], K=2)
-    reached = accuracy(predicted, y[400:])
-    explain(reached > 0.9,
-            "the small difference of two features tells the class, which asks for large weights, but the "
-            f"accuracy is {reached:.2f}: is the fit run to convergence, and is a weak penalty tried, down to "
-            "STRENGTHS[-1]?")
 
 
 def test_outliers_do_not_decide():

@@ -970,6 +970,12 @@ def bert_one_kind_per_sequence(x, kind, random, options):
     return np.where(kind < 0.8, options.mask_token, np.where(kind < 0.9, other, x))
 
 
+@wrong_bert("all sequences are treated alike")
+def bert_one_kind_per_position(x, kind, random, options):
+    other = (random * options.vocab_size).astype(int)
+    return np.where(kind[:1] < 0.8, options.mask_token, np.where(kind[:1] < 0.9, other, x))
+
+
 @wrong(3, "mask_batch", "masked positions are not scored")
 def bert_scores_the_hidden_only(x, masked, slots, draw, options):
     batch = REFERENCE["mask_batch"](x, masked, slots, draw, options)
@@ -1032,6 +1038,7 @@ wrong(3, "mlm", "mlm: the same positions are masked in every sequence")(spoilt_m
 wrong(3, "mlm", "mlm: the masked positions are always neighbours")(spoilt_mlm(masks_spans))
 wrong(3, "mlm", "mlm: the masks are the same at every step")(spoilt_mlm(masks_fixed_seed))
 wrong(3, "mlm", "mlm: the positions are not masked equally often")(spoilt_mlm(masks_favour_late_positions))
+wrong(3, "mlm", "mlm: the positions are not masked equally often")(spoilt_mlm(masks_ranked_over_sequences))
 
 
 @wrong(3, "mlm", "a visible token was changed")
@@ -1272,6 +1279,7 @@ wrong(4, "vlm", "vlm: the same positions are masked in every sequence")(spoilt_v
 wrong(4, "vlm", "vlm: the same positions are masked in every sequence")(spoilt_vlm(masks_same_for_all_rows))
 wrong(4, "vlm", "vlm: the masked positions are always neighbours")(spoilt_vlm(masks_spans))
 wrong(4, "vlm", "vlm: the positions are not masked equally often")(spoilt_vlm(masks_favour_late_positions))
+wrong(4, "vlm", "vlm: the positions are not masked equally often")(spoilt_vlm(masks_ranked_over_sequences))
 
 
 @wrong(4, "vlm", "vlm, normalization bound: the weights of every sequence must have the same sum")

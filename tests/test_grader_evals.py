@@ -222,7 +222,14 @@ wrong_loops("all tokens of a window have the same score, its average", "average_
             / np.maximum(1, wanted.sum(1, keepdims=True)))
 wrong_loops("divided by the number of tokens of the window", "divided_by_the_window",
             combine=lambda nats, wanted: nats / np.maximum(1, wanted.sum(1, keepdims=True)))
-wrong_loops("5 of 5 tokens that are wanted have no score", "one_column_too_early", place=lambda k: k - 1)
+wrong_loops("the scores after k tokens stand in [i, k-1]", "one_column_too_early", place=lambda k: k - 1)
+wrong_loops("the scores after k tokens stand in [i, k+1]", "one_column_too_late", place=lambda k: k + 1)
+wrong_loops("the masks come before the prompt", "masks_first",
+            inputs=lambda row, k, m, mask: [mask] * m + row[:k], at=lambda k, m: 0)
+wrong_loops("the masks come before the prompt", "masks_first_and_read_out_at_k",
+            inputs=lambda row, k, m, mask: [mask] * m + row[:k])
+wrong_loops("the input is filled up with the id 0", "filled_up_with_0",
+            inputs=lambda row, k, m, mask: row[:k] + [mask] * m + [0] * (len(row) - k - m))
 
 
 @wrong(7, "the score is that of the causal script")
@@ -310,6 +317,25 @@ def forgets_the_last_batch(model, x, wanted, masks, batch_size):
     return REFERENCE[7](model, x, kept, masks, batch_size)
 
 
+@wrong(7, "5 of 5 tokens that are wanted have no score, the first one token 5 of window 1: is a last batch of fewer")
+def forgets_every_smaller_batch(model, x, wanted, masks, batch_size):
+    jobs = each_wanted(wanted)
+    kept = np.zeros_like(wanted)
+    for i, k in jobs[:len(jobs) // batch_size * batch_size]:
+        kept[i, k] = True
+    return loops(model, x, kept, masks, batch_size)
+
+
+@wrong(7, "the score is the mean over all masks")
+def mean_over_masks(model, x, wanted, masks, batch_size):
+    scores = REFERENCE[7](model, x, wanted, masks, batch_size)
+    for i, k in each_wanted(wanted):
+        inputs = torch.cat((x[i, :k], torch.full((int(masks[k]),), model.config.mask_token)))
+        hidden = model.features(inputs[None])[0, k:]
+        scores.nats[i, k] = score(model, hidden, x[i, [k] * len(hidden)])[0].mean()
+    return scores
+
+
 @wrong(7, "surest must be -log P of the likeliest token")
 def nats_in_all_fields(model, x, wanted, masks, batch_size):
     nats = REFERENCE[7](model, x, wanted, masks, batch_size).nats
@@ -360,15 +386,20 @@ def outcome(predictions, strength, held_out, grid, gradient=0.0):
                          "held_out": float(held_out), "gradient": float(gradient)}
 
 
-def prepared(train, tests, directions):
-    """numpy arrays, on the leading directions if that is asked for, standardised."""
+def on_directions(train, tests, directions):
+    """numpy arrays, on the leading directions if that is asked for."""
     train, tests = train.double(), [test.double() for test in tests]
     if directions is not None:
         train, *tests = probe_file.leading(train, tests, directions)
-    X = train.numpy()
+    return [part.numpy() for part in (train, *tests)]
+
+
+def prepared(train, tests, directions):
+    """The same, standardised."""
+    X, *tests = on_directions(train, tests, directions)
     mean, std = X.mean(axis=0), X.std(axis=0)
     std = np.where(std == 0, 1, std)
-    return [(part.numpy() - mean) / std for part in (train, *tests)]
+    return [(part - mean) / std for part in (X, *tests)]
 
 
 def with_ones(X):
@@ -468,13 +499,13 @@ def gradient_descent(X, y, K, strength):
     return W
 
 
-def lbfgs(X, y, K, strength):
+def lbfgs(X, y, K, strength, max_iter=300):
     """torch.optim.LBFGS on a linear layer, in float32; the penalty is summed, not halved."""
     X, y = torch.tensor(X, dtype=torch.float32), torch.as_tensor(y)
     layer = torch.nn.Linear(X.shape[1], K)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=max_iter, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -645,6 +676,21 @@ def three_steps(X, y, K, strength):
     return W / (1 + strength)
 
 
+def three_lbfgs_steps(X, y, K, strength):
+    return lbfgs(X, y, K, strength, max_iter=3)
+
+
+def summed_cross_entropy(X, y, K, strength):
+    return newton(X, y, K, strength / len(X))
+
+
+def scaled_but_not_shifted(train, tests, directions):
+    train, *tests = on_directions(train, tests, directions)
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    std = np.where(std == 0, 1, std)
+    return [(train - mean) / std, *[test / std for test in tests]]
+
+
 wrong_probe("on examples that were fitted", "chosen_on_the_fitted_examples", judge="fitted")
 wrong_probe("copies of one example, with the same number in groups, are on both sides", "groups_ignored",
             by_group=False)
@@ -669,11 +715,15 @@ wrong_probe("metric is never called", "chosen_by_accuracy",
             judge_on=lambda metric: lambda predicted, true: np.mean(predicted == true))
 wrong_probe("the strength must be chosen by metric(predicted, true)", "always_the_strongest",
             value=lambda value, strength: strength)
-wrong_probe("the strength must be chosen by metric(predicted, true)", "metric_of_true_and_predicted",
+wrong_probe("metric is called as metric(true, predicted)", "metric_of_true_and_predicted",
             judge_on=lambda metric: lambda predicted, true: metric(true, predicted))
 wrong_probe("minimise the cross-entropy of a softmax, not the squared error", "least_squares_classifier",
             fit=least_squares)
 wrong_probe("the fit must run to convergence", "three_steps_only", fit=three_steps)
+wrong_probe("is the fit run to convergence", "three_lbfgs_steps_of_lbfgs", fit=three_lbfgs_steps)
+wrong_probe("is the cross-entropy a sum over examples", "cross_entropy_summed", fit=summed_cross_entropy)
+wrong_probe("subtract the training split's mean from the test sets too", "test_sets_not_shifted",
+            prepare=scaled_but_not_shifted)
 wrong_probe("are held-out examples missing in the last fit?", "last_fit_without_the_held_out", last_fit="kept")
 wrong_probe("with directions=2 the third direction", "directions_ignored", prepare=no_directions)
 wrong_probe("before you standardise", "directions_of_standardised_features",

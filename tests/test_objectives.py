@@ -343,22 +343,34 @@ def first_place(where):
 
 
 def explain_uniform_sets(masks, what):
-    """masks: (R, 6) bool, 3 of 6 positions in each row; all 20 such sets must be equally frequent.
+    """masks: (steps, B, 6) bool, 3 of 6 positions in each row; all 20 such sets must be equally frequent.
 
-    With 10,000 rows a position that is masked 15 % too often is found, and a set 60 % too often.
+    With 10,000 rows a position that is masked 15 % too often is found, and a set 60 % too often. Batches are
+    small: where few sequences mix up their random numbers, it shows.
     """
-    width = masks.shape[1]
+    steps, B, width = masks.shape
 
     # Mistakes with a name
-    explain((masks != masks[:1]).any(),
+    explain((masks != masks[:, :1]).any(),
             f"{what}: the same positions are masked in every sequence: every sequence draws "
             "its own")
+    explain((masks != masks[:1]).any(),
+            f"{what}: the masks are the same at every step: they must come from `draw`")
+    masks = masks.reshape(steps * B, width)
     changes = (np.diff(masks.astype(int), axis=1) == 1).sum(axis=1) + masks[:, 0]
     explain((changes > 1).any(),
             f"{what}: the masked positions are always neighbours (one span): all sets of "
             "positions must be equally likely")
 
-    # Positions, then sets
+    explain_equal_shares(masks, what)
+    for k in range(width):
+        explain(not far_from_independent(masks[0::2, k].astype(int), masks[1::2, k].astype(int), 2),
+                f"{what}: the masks of two sequences depend on each other")
+
+
+def explain_equal_shares(masks, what):
+    """masks: (R, 6) bool, 3 of 6 positions in each row: all positions, and all 20 sets, equally often."""
+    width = masks.shape[1]
     names = [f"position {k + 1}" for k in range(width)]
     explain_uniform(masks.sum(axis=0), names,
                     f"{what}: the positions are not masked equally often")
@@ -370,19 +382,23 @@ def explain_uniform_sets(masks, what):
     names = ["the set " + str([k + 1 for k in members]) for members in sets]
     explain_uniform(seen, names, f"{what}: not all sets of positions are equally likely")
 
-    # Two sequences
-    for k in range(width):
-        explain(not far_from_independent(masks[0::2, k].astype(int), masks[1::2, k].astype(int), 2),
-                f"{what}: the masks of two sequences depend on each other")
-
 
 def explain_bert_shares(make_bert, what):
     """make_bert(vocab_size) -> (batch, x, options, scored), about 20,000 scored positions.
 
     A share of 80 % that is 77 or 83 % is found, or a random token that may be the mask token.
     """
-    # 80 % mask, 10 % random, 10 % unchanged. Of 1000 tokens a random one is hardly ever the original
+    # Each position draws its own kind
     batch, x, options, scored = make_bert(1000)
+    shown = np.where(scored, batch.inputs == options.mask_token, -1)            # -1: not scored
+    one_kind = len(set(shown[scored])) == 1                                     # has a sentence below
+    explain(one_kind or any(len(set(row[row >= 0])) > 1 for row in shown),
+            f"{what}, corruption bert: all masked positions of a sequence are treated alike: "
+            "each draws its own kind")
+    explain(one_kind or any(len(set(column[column >= 0])) > 1 for column in shown.T),
+            f"{what}, corruption bert: all sequences are treated alike: each draws its own kinds")
+
+    # 80 % mask, 10 % random, 10 % unchanged. Of 1000 tokens a random one is hardly ever the original
     seen, true = batch.inputs[scored], x[:, :options.block_size][scored]
     kinds = [(seen == options.mask_token).sum(), ((seen != options.mask_token) & (seen != true)).sum(),
              (seen == true).sum()]
@@ -390,11 +406,6 @@ def explain_bert_shares(make_bert, what):
     words = f"{what}, corruption bert: {percent} % of the scored positions are masked, random, unchanged"
     explain(fits(kinds, [0.8, 0.1, 0.1]) or fits(kinds, [0.8, 0.0999, 0.1001]),
             f"{words} instead of 80, 10, 10")
-    as_row = np.where(scored, batch.inputs == options.mask_token, -1)
-    mixed = [len(set(row[row >= 0])) > 1 for row in as_row]
-    explain(any(mixed),
-            f"{what}, corruption bert: all masked positions of a sequence are treated alike: "
-            "each draws its own kind")
 
     # Random tokens are text. Whether they may be the original one is left open
     batch, x, options, scored = make_bert(2)
@@ -446,33 +457,25 @@ def test_uniform_masks_has_the_given_count_in_every_row():
 
 
 @pytest.mark.exercise3
-def test_uniform_masks_draws_every_set_equally_often():
-    masked = draw_masks(np.full(10_000, 3))
-    explain((masked.sum(axis=1) == 3).all(),
+@pytest.mark.parametrize("B,steps", [(100, 100), (4, 2500)])
+def test_uniform_masks_draws_every_set_equally_often(B, steps):
+    masked = np.stack([draw_masks(np.full(B, 3), step) for step in range(steps)])       # (steps, B, 6)
+    counts = masked.sum(axis=2)
+    explain((counts == 3).all(),
             "uniform_masks: every sequence must have 3 masked positions here, but they have "
-            f"{masked.sum(axis=1).min()} to {masked.sum(axis=1).max()}")
-    explain_uniform_sets(masked, "uniform_masks")
-    other = draw_masks(np.full(10_000, 3), step=1)
-    explain((masked != other).any(),
-            "uniform_masks: the masks are the same at every step: they must come from `draw`")
-
-
-@pytest.mark.exercise3
-def test_uniform_masks_is_uniform_in_small_batches():
-    """What mixes up the random numbers of different sequences shows where there are few of them."""
-    masked = np.concatenate([draw_masks(np.full(4, 3), step) for step in range(2500)])
-    explain_uniform_sets(masked, "uniform_masks with 4 sequences at a time")
+            f"{counts.min()} to {counts.max()}")
+    explain_uniform_sets(masked, f"uniform_masks with {B} sequences at a time")
 
 
 @pytest.mark.exercise3
 def test_uniform_masks_is_uniform_whatever_the_other_counts():
-    masked = draw_masks(np.tile([1, 3, 5], 4000))
-    explain_uniform_sets(masked[1::3], "uniform_masks with different counts")
+    masked = np.stack([draw_masks([1, 3, 5, 3], step) for step in range(4000)])         # (steps, 4, 6)
+    explain_uniform_sets(masked[:, 1::2], "uniform_masks with different counts")
     names = [f"position {k + 1}" for k in range(6)]
-    for i, count in [(0, 1), (2, 5)]:
-        explain_uniform(masked[i::3].sum(axis=0) if count == 1 else (~masked[i::3]).sum(axis=0), names,
-                        f"uniform_masks: with a count of {count} the positions are not equally "
-                        "likely")
+    explain_uniform(masked[:, 0].sum(axis=0), names,
+                    "uniform_masks: with a count of 1 the positions are not equally likely")
+    explain_uniform((~masked[:, 2]).sum(axis=0), names,
+                    "uniform_masks: with a count of 5 the positions are not equally likely")
 
 
 def call_mask_batch(x, masked, spare=0, step=0, **given):
@@ -566,21 +569,21 @@ def test_mlm_masks_round_ratio_T_positions(block_size, ratio, count):
     explain(low == count, f"mlm: {words}, not {low}")
 
 
+def masks_of_steps(name, steps, B, **given):
+    """(steps, B, T) bool: the positions that are hidden and predicted at each step of a run."""
+    masks = []
+    for step in range(steps):
+        x, batch, options = distinct_batch(name, B, step, **given)
+        masks.append(scored_positions(batch, x, options))
+    return np.stack(masks)
+
+
 @pytest.mark.exercise3
 def test_mlm_draws_every_set_of_positions_equally_often():
-    x, batch, options = distinct_batch("mlm", 10_000, block_size=6, mask_ratio=0.5)
-    masks = scored_positions(batch, x, options)
-    explain((masks.sum(axis=1) == 3).all(),
+    masks = masks_of_steps("mlm", steps=2500, B=4, block_size=6, mask_ratio=0.5)
+    explain((masks.sum(axis=2) == 3).all(),
             "mlm: with mask_ratio 0.5 exactly 3 of 6 positions are masked")
     explain_uniform_sets(masks, "mlm")
-
-
-@pytest.mark.exercise3
-def test_mlm_draws_other_masks_at_every_step():
-    x, batch, options = distinct_batch("mlm", 20)
-    other = distinct_batch("mlm", 20, step=1)[1]
-    explain((batch.inputs != other.inputs).any(),
-            "mlm: the masks are the same at every step: they must come from `draw`")
 
 
 def explain_recurring_tokens(name):
@@ -793,23 +796,21 @@ def test_vlm_with_one_ratio_masks_as_many_as_mlm(ratio, count):
 
 @pytest.mark.exercise4
 def test_vlm_draws_every_set_of_positions_equally_often():
-    x, batch, options = distinct_batch("vlm", 10_000, block_size=6, mask_range=(0.5, 0.5))
-    masks = scored_positions(batch, x, options)
-    explain((masks.sum(axis=1) == 3).all(),
+    masks = masks_of_steps("vlm", steps=2500, B=4, block_size=6, mask_range=(0.5, 0.5))
+    explain((masks.sum(axis=2) == 3).all(),
             "vlm: with mask_range 0.5 0.5 exactly 3 of 6 positions are masked")
     explain_uniform_sets(masks, "vlm")
 
     # The same among the sequences of one count
-    x, batch, options = distinct_batch("vlm", 15_000, block_size=6, mask_range=(1 / 3, 2 / 3))
-    masks = scored_positions(batch, x, options)
+    masks = masks_of_steps("vlm", steps=4000, B=4, block_size=6, mask_range=(1 / 3, 2 / 3))
     names = [f"position {k + 1}" for k in range(6)]
     for count in (2, 3, 4):
-        rows = masks[masks.sum(axis=1) == count]
+        rows = masks[masks.sum(axis=2) == count]
         explain_uniform(rows.sum(axis=0), names,
                         f"vlm: among sequences with {count} masked positions, the positions "
                         "are not masked equally often", tests=3)
         if count == 3:
-            explain_uniform_sets(rows, "vlm")
+            explain_equal_shares(rows, "vlm")
 
 
 @pytest.mark.exercise4
