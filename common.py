@@ -525,7 +525,7 @@ def reuse_memory():
     """Let this process keep freed memory for its next step (Linux with glibc; elsewhere nothing happens).
 
     For training on a CPU, where every step asks for the same large buffers. By default glibc gives each of
-    them back to the kernel, which zeroes it when it is asked for again: 15 to 30 % of a step (dev/LOG.md).
+    them back to the kernel, which zeroes it when it is asked for again: 15 to 30 % of a step (see dev/).
     An evaluation gains nothing and would need up to 1.5 times the memory.
 
     To be called at the start of a script: it holds for the whole process.

@@ -259,7 +259,7 @@ def fast_attention(q, k, v, causal, mask=None):
     """`attention`, fused into one kernel.
 
     Not for bfloat16 on a CPU: there the fused kernel's backward is so slow that the definition is 1.7 to 3
-    times faster (dev/LOG.md), at the cost of keeping the (B, H, T, S) scores.
+    times faster (see dev/), at the cost of keeping the (B, H, T, S) scores.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attention(q, k, v, causal, mask)

@@ -280,6 +280,12 @@ def check(options):
     """Raises ValueError, one line, if the options make no sense."""
     if options.objective not in OBJECTIVES:
         raise ValueError(f"objective {options.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    entry = OBJECTIVES[options.objective]
+    for name in ("batch", "ahead", "most_masks"):
+        value = getattr(entry, name)
+        if not callable(value):
+            raise ValueError(f"{name} of {options.objective} in OBJECTIVES must be a function, "
+                             f"such as lambda options: {value}, not {value!r}")
     for name in ("block_size", "lookahead"):
         value = getattr(options, name)
         if value < 1 or value != int(value):
@@ -377,7 +383,7 @@ def check_objective(options, steps=3, B=4, same_shapes=True):
         tokens = np.random.default_rng(step).permutation(vocab_size)
         x = tokens[:B * width].reshape(B, width)
         given = x.copy()
-        batch = OBJECTIVES[name].batch(given, Draw(0, step, range(B)), options)
+        batch = try_batch(given, Draw(0, step, range(B)), options)
         check_batch(batch, options)
         require(np.array_equal(given, x), f"{name} changes the windows that it is given")
         batch = Batch(*map(np.asarray, batch))
@@ -390,6 +396,21 @@ def check_objective(options, steps=3, B=4, same_shapes=True):
                 f"the number of scored positions, N, changes from {slots[0]} to {slots[-1]}: "
                 "fill it up with slots of weight 0, so that it is the same at every step "
                 "(training with --compile off does without)")
+
+
+def try_batch(x, draw, options):
+    """The objective's Batch. An index that is too large gets the window's size beside it."""
+    try:
+        return OBJECTIVES[options.objective].batch(x, draw, options)
+    except IndexError as error:
+        raise IndexError(f"{error}. {window_words(options)}") from error
+
+
+def window_words(options):
+    """How long a window is, for a message."""
+    ahead = OBJECTIVES[options.objective].ahead(options)
+    return (f"A window has {options.block_size} + {ahead} tokens: no target can lie farther ahead than {ahead}, "
+            "which `ahead` in OBJECTIVES says")
 
 
 def check_leak(batch, options):
@@ -444,7 +465,7 @@ def never_read(options):
     # Let the objective make a batch
     x = np.zeros((2, window_size(observed)), dtype=np.int64)
     draw = Draw(0, 0, range(2))
-    OBJECTIVES[options.objective].batch(x, draw, observed)
+    try_batch(x, draw, observed)
     return [name for name in vars(options) if name not in read]
 
 

@@ -1,10 +1,10 @@
 """
 From the results of runs to differences, errors, tables and figures: what compare.py does with its numbers.
 
-    python report.py results/objectives.json                                # all that it measured
-    python report.py results/objectives.json --against ar mlm --rows "perplexity"       # some rows
-    python report.py results/objectives.json --plot claims.png --curves curves.png
-    python report.py results/few-122880.json --rows "all$|chi2$" --budgets few.png
+    python report.py out/compare/compare.json                               # all that it measured
+    python report.py out/compare/compare.json --against ar mlm --rows "perplexity"      # some rows
+    python report.py out/compare/compare.json --plot claims.png --curves curves.png
+    python report.py out/few/compare.json --rows "all$|chi2$" --budgets few.png
 
     runs    {setting: {seed: run}}, and run["measurements"] is {measurement: numbers}, as in compare.json
     tests   {name: contents} of the test sets, which the measurements refer to
@@ -634,7 +634,7 @@ def plot_gains(runs, tests, axes):
 
 def build_parser():
     p = Parser("The tables and figures of a finished comparison.")
-    p.add_argument("file", help="compare.json of a comparison, or a file in results/")
+    p.add_argument("file", help="compare.json of a comparison, or one that is published")
     p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
     p.add_argument("--against", nargs="+", metavar="SETTING",
                    help="settings that the others are compared with (default: the first)")

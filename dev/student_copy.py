@@ -49,6 +49,7 @@ One small Transformer, one training loop, four pretraining objectives, after
 it is graded: [docs/EXERCISES.md](docs/EXERCISES.md).
 
 ```sh
+python -m venv .venv && source .venv/bin/activate     # if your system's pip refuses to install anything
 pip install -r requirements.txt
 python -m pytest --exercises
 ```
@@ -119,8 +120,12 @@ def readme(ours):
     return README + section(ours, "The idea") + "\n" + files
 
 
-def without_comments(text):
-    """A Markdown text without its comments: they name the results that its tables were made from."""
+def without_answers(text):
+    """A Markdown text without what stands between "<!-- answers -->" and "<!-- end of answers -->".
+
+    Other comments go as well: they name the results that tables were made from.
+    """
+    text = re.sub(r"<!-- answers -->\n.*?<!-- end of answers -->\n+", "", text, flags=re.S)
     return re.sub(r"<!--.*?-->\n+", "", text, flags=re.S)
 
 # -----------------------------------------------------------------------------
@@ -173,7 +178,7 @@ def make_copy(folder, exercises):
         # Its documents
         write(unfinished / "README.md", readme(read(unfinished / "README.md")))
         for page in unfinished.glob("docs/*.md"):
-            write(page, without_comments(read(page)))
+            write(page, without_answers(read(page)))
 
         # Its blank functions
         removed = []

@@ -12,7 +12,7 @@ import traceback
 import numpy as np
 import pytest
 
-from objectives import OBJECTIVES, Batch, WrongBatch, check_batch
+from objectives import OBJECTIVES, Batch, WrongBatch, check_batch, window_words
 
 
 def explain(condition, message):
@@ -49,9 +49,7 @@ def hint(error, arguments):
     objective = OBJECTIVES.get(getattr(options, "objective", None))
     if not isinstance(error, IndexError) or objective is None or not objective.causal:
         return ""
-    ahead = objective.ahead(options)
-    return (f"; a window has {options.block_size} + {ahead} tokens: "
-            f"no target can lie farther ahead than {ahead}")
+    return f". {window_words(options)}"
 
 
 def make_batch(function, x, draw, options):

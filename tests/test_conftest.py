@@ -55,14 +55,38 @@ def test_code_that_cannot_be_imported_is_one_line(tmp_path, source, words):
     assert "Traceback" not in done.stdout and "Error" not in done.stdout
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms here")
+HAS_ALARMS = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms here")
+
+
+@HAS_ALARMS
 def test_an_endless_loop_fails_and_the_other_tests_run(tmp_path):
     source = b"def ar():\n    while True:\n        x = 1\n"
     done = grade(tmp_path, source, "--exercises", "--time_limit", "1")
     assert done.returncode == 1
     first, second = done.stdout.strip().splitlines()[-2:]
-    assert first in [f"exercise 1: test_ar ran for 1 s: an endless loop? (line {n} of objectives.py)" for n in (2, 3)]
+    assert first in [f"exercise 1: test_ar ran for 1 s: an endless loop, or a slow one? (line {n} of objectives.py)" for n in (2, 3)]
     assert second == "exercise 2: all 1 tests pass"
+
+
+@HAS_ALARMS
+def test_an_endless_loop_at_import_is_one_line(tmp_path):
+    done = grade(tmp_path, b"while True:\n    x = 1\n", "--exercises", "--time_limit", "1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    [line] = done.stderr.strip().splitlines()
+    assert line in [f"ERROR: the import of test_objectives.py ran for 1 s: an endless loop, or a slow one? (line {n} of objectives.py)"
+                    for n in (1, 2)]
+
+
+@HAS_ALARMS
+@pytest.mark.parametrize("where, name", [
+    ("def ar():\n    ", "test_ar"), ("if True:\n    ", "the import of test_objectives.py")])
+def test_an_endless_loop_that_catches_everything_ends_the_grader(tmp_path, where, name):
+    loop = "while True:\n        try:\n            sum(range(10**6))\n        except:\n            pass\n"
+    done = grade(tmp_path, (where + loop).encode(), "--exercises", "--time_limit", "1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith(f"ERROR: {name} ran for 1 s: an endless loop, or a slow one? (line ")
+    assert line.endswith("It catches every exception, so the grader ends here")
 
 
 def test_a_test_within_its_time_is_left_alone(tmp_path):

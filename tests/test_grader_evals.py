@@ -790,4 +790,4 @@ def test_every_test_of_an_exercise_fails_before_it_is_written(monkeypatch, numbe
 
     failures = grade(monkeypatch, number, unwritten, first_only=False)
     assert failures.passed == 0
-    assert set(failures.words) == {f"not yet written: exercise {number}: see docs/EXERCISES.md"}
+    assert set(failures.words) == {"not yet written: see docs/EXERCISES.md"}

@@ -1078,6 +1078,26 @@ def test_targets_that_reach_farther_than_the_window_are_told(monkeypatch):
         check_objective(make_options("dar", lookahead=3, dar_estimator="expectation"))
 
 
+def test_an_index_beyond_the_window_is_told_how_long_it_is(monkeypatch):
+    def two_ahead(x, draw, options):
+        T = options.block_size
+        targets = np.take_along_axis(x, np.arange(2, T + 2)[None], axis=1)
+        return objectives.score_every_position(x[:, :T], targets[:, :, None])
+
+    monkeypatch.setitem(OBJECTIVES, "skip", Objective(two_ahead, causal=True))
+    for check_it in (check_objective, objectives.never_read):
+        with pytest.raises(IndexError, match="out of bounds.* A window has 16 \\+ 1 tokens: .* `ahead` in OBJECTIVES"):
+            check_it(make_options("skip"))
+
+
+@pytest.mark.parametrize("entry", [dict(ahead=2), dict(most_masks=19), dict(batch=None)])
+def test_an_entry_that_is_no_function_is_told(monkeypatch, entry):
+    monkeypatch.setitem(OBJECTIVES, "span", Objective(span, causal=False)._replace(**entry))
+    [(name, value)] = entry.items()
+    with pytest.raises(ValueError, match=f"{name} of span in OBJECTIVES must be a function, .* not {value}"):
+        check(make_options("span"))
+
+
 @pytest.mark.parametrize("name,given,unused", [
     ("ar", dict(lookahead=4, mask_ratio=0.3), ["lookahead", "mask_ratio"]),
     ("dar", dict(lookahead=4, dar_estimator="expectation"), []), ("dar", dict(corruption="bert"), ["corruption"]),

@@ -115,6 +115,15 @@ def test_the_documents_name_only_what_is_in_the_copy(copy):
             assert (folder / script).exists(), f"{page.name}: {script}"
         for name in names:
             assert name not in text, f"{page.name}: {name}"
+        assert "answers -->" not in text and "learned a mixture" not in text and "A bag" not in text, page.name
+
+
+def test_the_code_names_no_document_that_is_not_in_the_copy(copy):
+    folder, _ = copy
+    left_out = [name for name in student_copy.LEFT_OUT if name.endswith(".md")] + ["results/"]
+    for path in folder.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not [name for name in left_out if name in text], path.name
 
 
 def test_the_files_to_hand_in_are_those_with_blank_functions():
