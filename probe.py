@@ -33,8 +33,8 @@ def probe(train, y, groups, tests, K, metric, directions=None):
 
     train: (n, C) features. y: (n,) class numbers below K, or scores if K = 0. groups: (n,), examples
     with equal numbers are held out together. tests: a list of (m, C) features. metric: a function
-    (predicted, true) -> float, larger is better. directions: None, or how many leading directions of
-    the features are used, see `leading`.
+    (predicted, true) -> float of two NumPy arrays, larger is better. directions: None, or how many
+    leading directions of the features are used, see `leading`.
 
     Returns (predictions on each test set, (m,) each; a dict that says how the fit was chosen):
     "strength" of the penalty, "at_edge" whether it is the grid's strongest or weakest, "held_out"

@@ -45,6 +45,8 @@ def hint(error, arguments):
     """What an exception usually means."""
     if type(error).__name__ in ("LinAlgError", "_LinAlgError"):
         return "; does the matrix hold nan or inf, from a division by 0?"
+    if "setting an array element with a sequence" in str(error):
+        return "; index NumPy arrays with numbers or NumPy arrays, not with tensors"
     options = arguments[-1]
     objective = OBJECTIVES.get(getattr(options, "objective", None))
     if not isinstance(error, IndexError) or objective is None or not objective.causal:

@@ -99,7 +99,7 @@ def table(x, wanted, value):
     for i, k in zip(*np.nonzero(wanted)):
         try:
             out[i, k] = value(x[i].tolist(), int(k))
-        except IndexError:
+        except (IndexError, ValueError):                    # such an input does not exist, or is too long
             out[i, k] = math.nan
     return out
 
@@ -122,6 +122,14 @@ def at_all_masks(combine):
         shown = masked_input(row, k, masks[k])
         return combine([nats(model, shown, at, row[k]) for at in range(k, len(shown))])
     return value
+
+
+@torch.no_grad()
+def masks_hidden(model, row, k, masks):
+    """The nats if `valid` holds for the prompt only."""
+    shown = torch.tensor([masked_input(row, k, masks[k])])
+    hidden = model.features(shown, torch.arange(shown.size(1))[None] < k)[0, k]
+    return -(model.wte.weight @ hidden).double()[:V].log_softmax(0)[row[k]].item()
 
 
 def from_logits(make):
@@ -195,6 +203,12 @@ MISTAKES = [
      from_input(lambda row, k, m: ([V] * m + row[:k], k, row[k]))),
     ("the input is filled up with the id 0, and attention sees it: hide what follows the masks (valid), or "
      "leave it out", from_input(lambda row, k, m: (masked_input(row, k, m) + [0] * (T - k - m), k, row[k]))),
+    ("the masks are hidden from attention: valid must hold for the prompt and its masks",
+     masks_hidden),
+    ("the prompt lacks its first token", from_input(lambda row, k, m: (row[1:k] + [V] * m, k - 1, row[k]))),
+    ("the prompt lacks its first token", from_input(lambda row, k, m: (row[1:k] + [V] * m, k, row[k]))),
+    ("the prediction is read out at the first position: read it out at the first mask, in the target's place",
+     from_input(lambda row, k, m: (masked_input(row, k, m), 0, row[k]))),
     ("the score is the mean over all masks: only the first stands in the target's place",
      at_all_masks(np.mean)),
     ("the score is the sum over all masks: only the first stands in the target's place",
@@ -307,6 +321,8 @@ def test_the_shortest_and_the_longest_prompt(k):
     wanted = np.zeros((3, T), dtype=bool)
     wanted[:, k] = True
     scores = run(model, x, wanted, MASKS)
+    explain(scores[0].any(),
+            f"no token has a score after a prompt of {k}: prompts have 1 to T-1 = {T - 1} tokens here")
     explain_nats(model, x, wanted, MASKS, scores[0])
 
 
@@ -328,10 +344,10 @@ def test_only_what_is_wanted_has_a_score():
     wanted[:, 0] = False
     wanted[2] = False                                       # a window of which nothing is wanted
     scores = run(model, x, wanted, MASKS, batch_size=1)
-    extra = (scores[0] != 0) & ~wanted
+    extra = (scores != 0).any(axis=0) & ~wanted
     i, k = np.argwhere(extra)[0] if extra.any() else (0, 0)
     explain(not extra.any(),
-            f"token {k + 1} of window {i + 1} is not wanted, but has a score: it must be 0")
+            f"token {k + 1} of window {i + 1} is not wanted, but has a score: it must be 0, in all three fields")
     explain_nats(model, x, wanted, MASKS, scores[0])
 
 

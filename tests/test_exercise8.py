@@ -7,6 +7,8 @@ Graded are the predictions and which examples the metric judged, not how the fit
 tried beside those of STRENGTHS, or how the held-out examples are cut. Where a weight is graded, it may be that
 of any strength of the penalty. Random toys are fixed, so a right program does not fail by chance.
 """
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -19,15 +21,36 @@ pytestmark = pytest.mark.exercise8
 KEYS = ("strength", "at_edge", "held_out", "gradient")
 
 
-def run(X, y, tests, K, metric=accuracy, groups=None, directions=None):
-    """The predictions of the function under test on each of tests, arrays, if they are of the right kind."""
+def is_number(value):
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def run(*arguments, **flags):
+    """The predictions of `fit` alone."""
+    __tracebackhide__ = True
+    return fit(*arguments, **flags)[0]
+
+
+def fit(X, y, tests, K, metric=accuracy, groups=None, directions=None):
+    """What the function under test returns: (predictions on each of tests, arrays; a dict), if of the right kind."""
     __tracebackhide__ = True
     n = len(y)
     groups = np.arange(n) if groups is None else groups
     features = [torch.from_numpy(np.asarray(part)).float() for part in (X, *tests)]
     train, *tests = [part.clone() for part in features]
     given = np.array(y), np.array(groups)
-    out = call(probe_file.probe, train, given[0], given[1], tests, K, metric, directions)
+
+    def judge(predicted, true):
+        predicted, true = np.asarray(predicted), np.asarray(true)               # a tensor or a list will do
+        explain(predicted.shape == true.shape,
+                f"metric is given predictions of the shape {predicted.shape} for true values of the shape "
+                f"{true.shape}" + (": class numbers, not the scores of all classes" if predicted.ndim == 2 else ""))
+        return metric(predicted, true)
+
+    out = call(probe_file.probe, train, given[0], given[1], tests, K, judge, directions)
 
     # The kind of the result
     explain(out is not None, "probe returns nothing (None): it must return (predictions, dict)")
@@ -38,6 +61,8 @@ def run(X, y, tests, K, metric=accuracy, groups=None, directions=None):
     explain(isinstance(how, dict), f"the second thing that probe returns must be a dict, not {type(how).__name__}")
     missing = [key for key in KEYS if key not in how]
     explain(not missing, f"the dict that probe returns lacks {', '.join(missing)}")
+    for key in ("strength", "held_out", "gradient"):
+        explain(is_number(how[key]), f"{key} in the dict that probe returns must be a number, not {how[key]!r}")
     explain(isinstance(predictions, (list, tuple)) and len(predictions) == len(tests),
             f"probe must return a list with predictions for each of the {len(tests)} test sets")
     unchanged = [torch.equal(a, b) for a, b in zip([train, *tests], features)]
@@ -60,7 +85,7 @@ def run(X, y, tests, K, metric=accuracy, groups=None, directions=None):
             explain(np.isin(predicted, np.arange(K)).all(),
                     f"a prediction is {predicted[~np.isin(predicted, np.arange(K))][:1]}: classes are 0 .. {K - 1}")
         arrays.append(predicted.astype(float))
-    return arrays
+    return arrays, how
 
 
 def blobs(n, seed, K=3):
@@ -88,16 +113,17 @@ def test_it_finds_classes_that_are_far_apart():
                 "set: it must be about 0.95")
 
 
-def test_features_of_very_different_scales_count_alike():
-    """The smallest feature decides, the others are noise, up to ten million times as large."""
+@pytest.mark.parametrize("which, column", [("smallest", 0), ("largest", 7)])
+def test_features_of_very_different_scales_count_alike(which, column):
+    """One feature decides, the others are noise, up to ten million times as large or as small."""
     rng = np.random.default_rng(0)
     X = rng.normal(size=(700, 8)) * 10.0 ** np.arange(-3, 5)
-    y = (X[:, 0] > np.median(X[:400, 0])).astype(int)
+    y = (X[:, column] > np.median(X[:400, column])).astype(int)
     predicted, = run(X[:400], y[:400], [X[400:]], K=2)
     reached = accuracy(predicted, y[400:])
     explain(reached > 0.9,
-            f"the smallest of eight features tells the class, but the accuracy is {reached:.2f}: standardise "
-            "the features, so that the penalty treats large and small ones alike")
+            f"the {which} of eight features tells the class, but the accuracy is {reached:.2f}: standardise "
+            "the features (divide by their standard deviation), so that the penalty treats large and small ones alike")
 
 
 def likes_little_variation(predicted, true):
@@ -214,15 +240,19 @@ def test_the_intercept_of_classes_is_not_penalised():
 
 
 def noise(n, C, seed, copies=1):
-    """Features and scores that have nothing to do with each other; more features than examples."""
+    """Features and scores that have nothing to do with each other; more features than examples.
+
+    Copies of one example are in one group, and do not stand side by side.
+    """
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(n, C))
     y = rng.normal(size=n)
-    return np.repeat(X, copies, axis=0), np.repeat(y, copies), np.repeat(np.arange(n), copies)
+    return np.tile(X, (copies, 1)), np.tile(y, copies), np.tile(1000 + 7 * np.arange(n), copies)
 
 
 def known_by_heart(X, y, groups):
     """Whether examples that the metric judged were known to the fit: nothing else predicts noise."""
+    __tracebackhide__ = True
     known = []
 
     def metric(predicted, true):
@@ -232,6 +262,8 @@ def known_by_heart(X, y, groups):
         return -float(np.mean((predicted - true) ** 2))
 
     run(X, y, [X[:5]], 0, metric, groups)
+    explain(known, "metric is never called with predictions that differ: choose the strength of the penalty by "
+                   "it, on held-out examples")
     return any(known)
 
 
@@ -309,6 +341,28 @@ def test_scores_are_predicted_by_ridge_regression():
             "penalty is ignored, or the choice does not follow the metric")
 
 
+def test_the_strength_is_the_one_that_the_metric_likes_best():
+    """Scores that equal a feature: a strength shrinks predictions to 1/(1 + strength), and the metric asks for a tenth."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 1))
+    y = X[:, 0] / X.std()
+    judged = []
+
+    def a_tenth(predicted, true):
+        shrunk = np.std(predicted) / np.std(true)
+        judged.append((-abs(np.log(10 * shrunk + 1e-9)), shrunk))
+        return judged[-1][0]
+
+    (predicted,), how = fit(X, y, [X], 0, a_tenth)
+    best, final = max(judged)[1], predicted.std() / y.std()
+    explain(abs(np.log(final / best)) < 0.5,
+            f"the metric was highest for predictions that are {best:.3g} times as spread as the scores, but those of "
+            f"the last fit are {final:.3g} times: it must have the strength that was chosen")
+    explain(not how["at_edge"], "at_edge is true, but the best strength lies inside of the grid")
+    _, how = fit(X, y, [X], 0, likes_little_variation)
+    explain(how["at_edge"], "at_edge is false, but the metric asks for the strongest penalty of the grid")
+
+
 def test_all_training_examples_are_in_the_last_fit():
     """Ten classes, each a group of its own: one that is held out is unknown to the fit."""
     y = np.repeat(np.arange(10), 6)
@@ -317,7 +371,8 @@ def test_all_training_examples_are_in_the_last_fit():
     missing = np.setdiff1d(np.arange(10), predicted)
     explain(not len(missing),
             f"class {missing[:1]} is never predicted, although it is as far from the others as any: after the "
-            "choice of the strength, fit again on all training examples, those that were held out as well")
+            "choice of the strength, fit again on all training examples, those that were held out as well (or is the "
+            "penalty not strength/2 |W|^2?)")
 
 
 def test_a_class_that_never_occurs_in_training_does_no_harm():
@@ -330,19 +385,37 @@ def test_a_class_that_never_occurs_in_training_does_no_harm():
 def test_directions_keeps_the_leading_ones_only():
     """Two features with standard deviations 10 and 5 say nothing; two that nearly agree, about 1, tell the class.
 
-    These two are the third direction of the features as they are. Standardised, they would be the first.
+    These two are the third direction of the features as they are. Standardised, they would be the first. A
+    feature that is always 100 is no direction at all.
     """
     rng = np.random.default_rng(0)
-    X = rng.normal(size=(500, 4)) * [10, 5, 1, 0.3]
-    y = (X[:, 2] > 0).astype(int)
-    X[:, 3] += X[:, 2]
+    X = rng.normal(size=(500, 4)) * [0.3, 1, 5, 10]
+    y = (X[:, 1] > 0).astype(int)
+    X[:, 0] += X[:, 1]
+    X = np.column_stack((X - X[:300].mean(axis=0), np.full(500, 100.0)))
     reached = {}
     for k in (2, 3):
-        predicted, = run(X[:300] + 100, y[:300], [X[300:] + 100], 2, directions=k)
+        predicted, = run(X[:300], y[:300], [X[300:]], 2, directions=k)
         reached[k] = accuracy(predicted, y[300:])
     explain(reached[2] < 0.7,
             "with directions=2 the third direction, the only one that tells the class, is still used: project "
-            "on the leading directions with `leading`, before you standardise")
+            "on the leading directions, those of the largest variance, with `leading`, before you standardise")
+    explain(reached[3] > 0.3,
+            f"with directions=3 the accuracy falls to {reached[3]:.2f}: project the test sets on the directions of "
+            "the training split")
     explain(reached[3] > 0.85,
             "with directions=3 the third direction, the only one that tells the class, is kept, but the accuracy "
-            f"falls to {reached[3]:.2f}")
+            f"falls to {reached[3]:.2f}: are they the directions of the largest variance of centred features?")
+
+
+def test_directions_are_standardised():
+    """K = 0. Two directions, of standard deviations 10 and 1: a strong penalty shrinks both alike."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(80, 3)) * [10, 1, 0.1]
+    y = X @ [0.1, 1.0, 1.0] + 0.1 * rng.normal(size=80)
+    predicted, = run(X, y, [X], 0, likes_little_variation, directions=2)
+    A = np.column_stack((X[:, :2] / X[:, :2].std(axis=0), np.ones(80)))
+    large, small, _ = np.linalg.lstsq(A, predicted, rcond=None)[0]
+    explain(small > 0.5 * large,
+            "with directions, a strong penalty shrinks the directions of little variance more: standardise after "
+            "`leading`, so that the penalty treats them alike")

@@ -228,6 +228,11 @@ wrong_loops("the masks come before the prompt", "masks_first",
             inputs=lambda row, k, m, mask: [mask] * m + row[:k], at=lambda k, m: 0)
 wrong_loops("the masks come before the prompt", "masks_first_and_read_out_at_k",
             inputs=lambda row, k, m, mask: [mask] * m + row[:k])
+wrong_loops("the prompt lacks its first token", "first_token_dropped",
+            inputs=lambda row, k, m, mask: row[1:k] + [mask] * m, at=lambda k, m: k - 1)
+wrong_loops("read out at the first position", "reads_at_the_first_position", at=lambda k, m: 0)
+wrong_loops("nats", "masks_of_another_length",
+            inputs=lambda row, k, m, mask: row[:k] + [mask] * min(len(row) - k, 1 + (7 * k) % 5))
 wrong_loops("the input is filled up with the id 0", "filled_up_with_0",
             inputs=lambda row, k, m, mask: row[:k] + [mask] * m + [0] * (len(row) - k - m))
 
@@ -279,6 +284,14 @@ def predicts_the_mask_token(model, x, wanted, masks, batch_size):
     return scores
 
 
+@wrong(7, "is not wanted, but has a score: it must be 0, in all three fields")
+def zeroes_nats_only(model, x, wanted, masks, batch_size):
+    everything = np.ones(x.shape, dtype=bool)
+    everything[:, 0] = False
+    scores = REFERENCE[7](model, x, everything, masks, batch_size)
+    return scores._replace(nats=scores.nats * wanted)
+
+
 @wrong(7, "is not wanted, but has a score: it must be 0")
 def scores_what_is_not_wanted(model, x, wanted, masks, batch_size):
     everything = np.ones(x.shape, dtype=bool)
@@ -324,6 +337,23 @@ def forgets_every_smaller_batch(model, x, wanted, masks, batch_size):
     for i, k in jobs[:len(jobs) // batch_size * batch_size]:
         kept[i, k] = True
     return loops(model, x, kept, masks, batch_size)
+
+
+@wrong(7, "no token has a score after a prompt of 8")
+def leaves_out_the_longest_prompt(model, x, wanted, masks, batch_size):
+    wanted = wanted.copy()
+    wanted[:, -1] = False
+    return loops(model, x, wanted, masks, batch_size)
+
+
+@wrong(7, "the masks are hidden from attention")
+def hides_the_masks(model, x, wanted, masks, batch_size):
+    out = np.zeros((3, *x.shape))
+    for i, k in each_wanted(wanted):
+        inputs = F.pad(x[i:i + 1, :k], (0, int(masks[k])), value=model.config.mask_token)
+        hidden = model.features(inputs, torch.arange(inputs.size(1))[None] < k)
+        out[:, i, k] = np.concatenate(score(model, hidden[:, k], x[i, k:k + 1]))
+    return Scores(*out)
 
 
 @wrong(7, "the score is the mean over all masks")
