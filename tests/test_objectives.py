@@ -141,6 +141,9 @@ def test_ar_on_text_in_which_tokens_recur():
     row, k = divmod(positions, T)
     explain_all_positions("ar", np.setdiff1d(np.arange(4 * T), positions), T)
     explain((targets == x[row, k + 1][:, None]).all(), "ar: position k must predict x[k+1]")
+    total = np.bincount(positions, weights=weights)
+    explain(np.allclose(total, total[0], rtol=1e-4),
+            "ar: all positions must have the same weight, whatever their tokens are")
 
 # -----------------------------------------------------------------------------
 # Exercise 2: dar, both estimators
@@ -190,21 +193,45 @@ def test_dar_offset_is_uniform_on_1_to_t(t):
     explain(len(never) == 0,
             f"dar: with lookahead {t}, offset {', '.join(map(str, never))} is never drawn: s "
             f"is uniform on 1..{t}")
+
+    # At all positions, or at some only
+    per_position = [np.bincount(column, minlength=t + 1)[1:] for column in s.T]
+    wrong = [k for k, counts in enumerate(per_position) if not fits(counts, 1 / t, tests=T)]
+    if len(wrong) < T / 2:
+        for k in wrong:
+            explain_uniform(per_position[k], names,
+                            f"dar: at position {k + 1} the offsets are not equally frequent", tests=T)
     explain_uniform(counts, names, f"dar: the offsets 1..{t} are not equally frequent")
-    for k in range(T):
-        counts = np.bincount(s[:, k], minlength=t + 1)[1:]
-        explain_uniform(counts, names,
-                        f"dar: at position {k + 1} the offsets are not equally frequent", tests=T)
+    explain(not wrong, "dar: at every position another offset is more frequent than others")
 
 
 @pytest.mark.exercise2
 def test_dar_offsets_are_drawn_independently():
-    """Two offsets that agree 30 % more or less often than independent ones do are found."""
+    """Two offsets that agree 30 % more or less often than independent ones do are found. Of any two positions, or
+    any two sequences of a small batch, those that agree in 65 % of all cases instead of 50 %: over 13 standard
+    deviations.
+    """
+    s = drawn_offsets(2, B=2000)                                                # (2000, T)
+    k, other, share = most_alike(s.T)
+    explain(share < 0.65,
+            f"dar: positions {k + 1} and {other + 1} have the same offset in {100 * share:.0f} % of all sequences, "
+            "with lookahead 2: every position draws its own")
+    s = np.stack([drawn_offsets(2, B=4, step=step) for step in range(150)])     # (150, 4, T)
+    i, other, share = most_alike(s.transpose(1, 0, 2).reshape(4, -1))
+    explain(share < 0.65,
+            f"dar: sequences {i + 1} and {other + 1} of a batch have the same offset at {100 * share:.0f} % of all "
+            "positions, with lookahead 2: every sequence draws its own")
     s = drawn_offsets(3, B=2000) - 1
     explain(not far_from_independent(s[:, 0::2].ravel(), s[:, 1::2].ravel(), 3),
             "dar: the offsets of neighbouring positions depend on each other")
     explain(not far_from_independent(s[0::2].ravel(), s[1::2].ravel(), 3),
             "dar: the offsets of two sequences depend on each other")
+
+
+def most_alike(rows):
+    """The two rows of (R, n) that agree most often: (first, second, share of n)."""
+    return max(((i, j, (rows[i] == rows[j]).mean()) for i, j in itertools.combinations(range(len(rows)), 2)),
+               key=lambda pair: pair[2])
 
 
 @pytest.mark.exercise2
@@ -384,47 +411,73 @@ def explain_equal_shares(masks, what):
 
 
 def explain_bert_shares(make_bert, what):
-    """make_bert(vocab_size) -> (batch, x, options, scored), about 20,000 scored positions.
+    """make_bert(vocab_size, step) -> (inputs, x, scored), (100, T) each, half of the positions scored.
 
-    A share of 80 % that is 77 or 83 % is found, or a random token that may be the mask token.
+    A share of 80 % that is 78.5 or 81.5 % is found, one of 10 % that is 9 %, or a random token that may be the
+    mask token.
     """
+    def bert_batches(vocab_size):
+        """(steps, B, T) each: inputs, x, scored; about 100,000 scored positions of 32 per sequence."""
+        return [np.stack(parts) for parts in zip(*[make_bert(vocab_size, step) for step in range(60)])]
+
     # Each position draws its own kind
-    batch, x, options, scored = make_bert(1000)
-    shown = np.where(scored, batch.inputs == options.mask_token, -1)            # -1: not scored
-    one_kind = len(set(shown[scored])) == 1                                     # has a sentence below
-    explain(one_kind or any(len(set(row[row >= 0])) > 1 for row in shown),
+    mask_token = 1000
+    inputs, x, scored = bert_batches(vocab_size=mask_token)
+    is_mask = np.where(scored, inputs == mask_token, -1)                        # -1: not scored
+    one_kind = len(set(is_mask[scored])) == 1                                   # has a sentence below
+    explain(one_kind or any(len(set(row[row >= 0])) > 1 for row in is_mask[0]),
             f"{what}, corruption bert: all masked positions of a sequence are treated alike: "
             "each draws its own kind")
-    explain(one_kind or any(len(set(column[column >= 0])) > 1 for column in shown.T),
+    explain(one_kind or any(len(set(column[column >= 0])) > 1 for column in is_mask[0].T),
             f"{what}, corruption bert: all sequences are treated alike: each draws its own kinds")
 
     # 80 % mask, 10 % random, 10 % unchanged. Of 1000 tokens a random one is hardly ever the original
-    seen, true = batch.inputs[scored], x[:, :options.block_size][scored]
-    kinds = [(seen == options.mask_token).sum(), ((seen != options.mask_token) & (seen != true)).sum(),
-             (seen == true).sum()]
+    seen, true = inputs[scored], x[scored]
+    kinds = [(seen == mask_token).sum(), ((seen != mask_token) & (seen != true)).sum(), (seen == true).sum()]
     percent = ", ".join(f"{100 * kind / len(seen):.1f}" for kind in kinds)
     words = f"{what}, corruption bert: {percent} % of the scored positions are masked, random, unchanged"
+    hint = ": do masks and kinds come from the same random numbers?" if one_kind else ""
     explain(fits(kinds, [0.8, 0.1, 0.1]) or fits(kinds, [0.8, 0.0999, 0.1001]),
-            f"{words} instead of 80, 10, 10")
+            f"{words} instead of 80, 10, 10{hint}")
+
+    # Any two positions, any two sequences of a batch
+    kind = np.where(scored, (inputs == mask_token) - 0.8, 0)                    # mean 0, variance .16
+    for name, axis in [("positions", 2), ("sequences of a batch", 1)]:
+        first, second, correlation = most_correlated(np.moveaxis(kind, axis, 0), np.moveaxis(scored, axis, 0))
+        explain(correlation < 0.3,
+                f"{what}, corruption bert: {name} {first + 1} and {second + 1} are masked, replaced or left together: "
+                "each draws its own kind")
 
     # Random tokens are text. Whether they may be the original one is left open
-    batch, x, options, scored = make_bert(2)
-    seen, true = batch.inputs[scored], x[:, :options.block_size][scored]
+    inputs, x, scored = bert_batches(vocab_size=2)
+    seen, true = inputs[scored], x[scored]
     kinds = [(seen == 2).sum(), ((seen != 2) & (seen != true)).sum(), (seen == true).sum()]
     explain(fits(kinds, [0.8, 0.05, 0.15]) or fits(kinds, [0.8, 0.1, 0.1]),
             f"{what}, corruption bert: of a vocabulary of 2 tokens, random tokens are not "
             "uniform on 0 .. vocab_size-1 (the mask token is none of them)")
 
     # ... and all of them alike
-    batch, x, options, scored = make_bert(5)
-    seen, true = batch.inputs[scored], x[:, :options.block_size][scored]
-    replaced = (seen != options.mask_token) & (seen != true)
+    inputs, x, scored = bert_batches(vocab_size=5)
+    seen, true = inputs[scored], x[scored]
+    replaced = (seen != 5) & (seen != true)
     pairs = np.bincount(seen[replaced] * 5 + true[replaced], minlength=25)
     pairs = pairs.reshape(5, 5)[~np.eye(5, dtype=bool)]
     names = [f"{a} for {b}" for a in range(5) for b in range(5) if a != b]
     explain_uniform(pairs, names,
                     f"{what}, corruption bert: random tokens are not uniform over the "
                     "vocabulary")
+
+def most_correlated(kind, scored):
+    """The two of the first axis whose kinds agree most where both are scored: (first, second, correlation).
+
+    Of 1500 common places and more: 0.3 is over 11 standard deviations.
+    """
+    kind = kind.reshape(len(kind), -1)
+    scored = scored.reshape(len(scored), -1).astype(float)
+    correlation = (kind @ kind.T) / np.maximum(1, scored @ scored.T) / 0.16
+    np.fill_diagonal(correlation, 0)
+    first, second = divmod(int(correlation.argmax()), len(kind))
+    return first, second, correlation.max()
 
 # -----------------------------------------------------------------------------
 # Exercise 3: masking and mlm
@@ -491,7 +544,7 @@ def call_mask_batch(x, masked, spare=0, step=0, **given):
     return batch, options
 
 
-MASKS = {"spans": np.array([[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]], dtype=bool),
+MASKS = {"spans": np.array([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1]], dtype=bool),
          "all and none": np.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]], dtype=bool),
          "one sequence": np.array([[1, 0, 0, 1]], dtype=bool)}
 
@@ -527,33 +580,47 @@ def test_mask_batch_weighs_as_the_normalization_says(normalization, masks):
 
 
 @pytest.mark.exercise3
+@pytest.mark.parametrize("normalization", ["tokens", "bound"])
+def test_mask_batch_weighs_corrupted_tokens_alike(normalization):
+    """Masked, replaced and unchanged ones."""
+    masked = np.random.default_rng(0).random((20, 16)) < 0.5
+    x = distinct_tokens(20, 17)
+    batch, options = call_mask_batch(x, masked, vocab_size=x.size + 1, normalization=normalization, corruption="bert")
+    scored_positions(batch, x, options, masked)
+
+
+@pytest.mark.exercise3
 def test_mask_batch_bert_corruption():
-    def make_bert(vocab_size):
-        rng = np.random.default_rng(vocab_size)
-        x = rng.integers(vocab_size, size=(1500, 32))
-        masked = rng.random((1500, 32)) < 0.5
-        batch, options = call_mask_batch(x, masked, spare=5, vocab_size=vocab_size, corruption="bert")
-        return batch, x, options, scored_positions(batch, x, options, masked)
+    def make_bert(vocab_size, step):
+        rng = np.random.default_rng([vocab_size, step])
+        x = rng.integers(vocab_size, size=(100, 32))
+        masked = rng.random((100, 32)) < 0.5
+        batch, options = call_mask_batch(x, masked, 5, step, vocab_size=vocab_size, corruption="bert")
+        return batch.inputs, x, scored_positions(batch, x, options, masked)
+
+    # About 30 random tokens per sequence, of a vocabulary that is much larger than the text
+    masked = np.ones((8, 300), dtype=bool)
+    x = distinct_tokens(8, 300)
+    first, options = call_mask_batch(x, masked, vocab_size=100_000, corruption="bert")
+    replaced = (first.inputs != options.mask_token) & (first.inputs != x)
+    for seen, random in zip(first.inputs, replaced):
+        explain(not random.any() or (seen[random] > x.max()).any(),
+                "mask_batch, corruption bert: random tokens are tokens of the text: each must be drawn "
+                "from the whole vocabulary")
+        explain(random.sum() < 2 or len(set(seen[random])) > 1,
+                "mask_batch, corruption bert: all random tokens of a sequence are the same: each must be "
+                "drawn on its own")
+    both = replaced[:, None] & replaced[None] & ~np.eye(8, dtype=bool)[:, :, None]      # (8, 8, 300)
+    same = first.inputs[:, None] == first.inputs[None]
+    explain(not both.any() or not same[both].all(),
+            "mask_batch, corruption bert: all sequences of a batch get the same random tokens: each must be drawn on "
+            "its own")
 
     explain_bert_shares(make_bert, "mask_batch")
-    masked = np.ones((2, 300), dtype=bool)
-    x = distinct_tokens(2, 300)
-    first, _ = call_mask_batch(x, masked, vocab_size=601, corruption="bert")
-    second, _ = call_mask_batch(x, masked, step=1, vocab_size=601, corruption="bert")
+    second, _ = call_mask_batch(x, masked, step=1, vocab_size=100_000, corruption="bert")
     explain((first.inputs != second.inputs).any(),
             "mask_batch, corruption bert: the corruption is the same at every step: it must "
             "come from `draw`")
-
-    # About 30 random tokens per sequence, of a vocabulary that is much larger than the text
-    batch, options = call_mask_batch(x, masked, vocab_size=10_000, corruption="bert")
-    for seen, true in zip(batch.inputs, x):
-        random = seen[(seen != options.mask_token) & (seen != true)]
-        explain((random > x.max()).any(),
-                "mask_batch, corruption bert: random tokens are tokens of the text: each must be drawn "
-                "from the whole vocabulary")
-        explain(len(set(random)) > 1,
-                "mask_batch, corruption bert: all random tokens of a sequence are the same: each must be "
-                "drawn on its own")
 
 
 @pytest.mark.exercise3
@@ -593,25 +660,40 @@ def explain_recurring_tokens(name):
         scored_positions(make(options, x, Draw(1, 2, range(9))), x, options)
 
 
+def explain_masks_ignore_tokens(name, **given):
+    """Windows of the tokens 0 0 0 1 1 2: no position must be masked more often than another."""
+    options = make_options(name, block_size=6, vocab_size=3, **given)
+    x = np.tile([0, 0, 0, 1, 1, 2, 0], (4, 1))[:, :window_size(options)]
+    masks = []
+    for step in range(1500):
+        batch = make(options, x, Draw(7, step, range(4)))
+        masks.append(scored_positions(batch, x, options))
+    masks = np.concatenate(masks)                                               # (6000, 6)
+    names = [f"position {k + 1}" for k in range(6)]
+    explain_uniform(masks.sum(axis=0), names,
+                    f"{name}: which positions are masked depends on their tokens, here 0 0 0 1 1 2")
+
+
 def bert_of(name):
-    def make_bert(vocab_size):
+    def make_bert(vocab_size, step):
         options = make_options(name, vocab_size=vocab_size, mask_ratio=0.5, block_size=32, corruption="bert",
                                mask_range=(0.25, 0.75))
-        x = random_tokens(options, B=1500)
-        batch = make(options, x, Draw(1, 2, range(1500)))
-        return batch, x, options, scored_positions(batch, x, options)
+        x = random_tokens(options, B=100, seed=step)
+        batch = make(options, x, Draw(1, step, range(100)))
+        return batch.inputs, x[:, :32], scored_positions(batch, x, options)
     return make_bert
 
 
 @pytest.mark.exercise3
 def test_mlm_on_text_in_which_tokens_recur():
     explain_recurring_tokens("mlm")
+    explain_masks_ignore_tokens("mlm", mask_ratio=0.5)
 
 
 @pytest.mark.exercise3
 def test_mlm_bert_corruption():
     make_bert = bert_of("mlm")
-    batch, x, options, scored = make_bert(1000)
+    inputs, x, scored = make_bert(1000, step=0)
     counts = scored.sum(axis=1)
     explain((counts == 16).all(),
             "mlm, corruption bert: round(0.5 * 32) = 16 positions of every sequence are "
@@ -621,8 +703,8 @@ def test_mlm_bert_corruption():
 
 @pytest.mark.exercise3
 def test_mlm_normalization():
-    for normalization in ("tokens", "bound"):
-        x, batch, options = distinct_batch("mlm", 10, normalization=normalization)
+    for normalization, corruption in itertools.product(("tokens", "bound"), ("mask", "bert")):
+        x, batch, options = distinct_batch("mlm", 10, normalization=normalization, corruption=corruption)
         scored_positions(batch, x, options)
 
 # On a toy whose likelihood can be enumerated
@@ -744,9 +826,10 @@ def test_vlm_draws_a_ratio_for_every_sequence():
 
 @pytest.mark.exercise4
 def test_vlm_counts_lie_in_the_range():
-    for mask_range, low, high in [(RANGE, 4, 12), ((0.15, 1.0), 2, 16)]:
+    for mask_range, low, high in [(RANGE, 4, 12), ((0.15, 1.0), 2, 16), ((0.1, 0.78), 2, 12)]:
         counts = vlm_counts(B=4, steps=200, mask_range=mask_range)
-        words = f"mask_range {mask_range[0]} {mask_range[1]} of {T} positions is {low}..{high}"
+        words = (f"mask_range {mask_range[0]} {mask_range[1]} of {T} positions is {low}..{high}, rounded to the "
+                 "nearest")
         explain(counts.min() >= low,
                 f"vlm: a sequence has {counts.min()} masked positions, but {words}")
         explain(counts.max() <= high,
@@ -773,6 +856,10 @@ def test_vlm_ratio_is_uniform(B, steps, mask_range):
     One sequence at a time: those of one step may be drawn to cover the range evenly.
     """
     counts = vlm_counts(B, steps, mask_range)
+    for i, other in itertools.combinations(range(B), 2):
+        explain((counts[:, i] != counts[:, other]).any(),
+                f"vlm: sequences {i + 1} and {other + 1} of a batch always have the same number of masked positions: "
+                "every one draws its own")
     low, high = [round(ratio * T) for ratio in mask_range]
     uniform = np.full(high - low + 1, 1 / (high - low + 1))
     for i in range(B):
@@ -816,12 +903,13 @@ def test_vlm_draws_every_set_of_positions_equally_often():
 @pytest.mark.exercise4
 def test_vlm_on_text_in_which_tokens_recur():
     explain_recurring_tokens("vlm")
+    explain_masks_ignore_tokens("vlm", mask_range=(1 / 3, 2 / 3))
 
 
 @pytest.mark.exercise4
 def test_vlm_bert_corruption():
     make_bert = bert_of("vlm")
-    batch, x, options, scored = make_bert(1000)
+    inputs, x, scored = make_bert(1000, step=0)
     counts = scored.sum(axis=1)
     explain(counts.min() >= 8 and counts.max() <= 24,
             "vlm, corruption bert: 8..24 of 32 positions are scored, masked, replaced and "
@@ -831,8 +919,9 @@ def test_vlm_bert_corruption():
 
 @pytest.mark.exercise4
 def test_vlm_normalization():
-    for normalization in ("tokens", "bound"):
-        x, batch, options = distinct_batch("vlm", 10, normalization=normalization, mask_range=(0.1, 1.0))
+    for normalization, corruption in itertools.product(("tokens", "bound"), ("mask", "bert")):
+        x, batch, options = distinct_batch("vlm", 10, normalization=normalization, corruption=corruption,
+                                           mask_range=(0.1, 1.0))
         scored_positions(batch, x, options)
 
 # -----------------------------------------------------------------------------
