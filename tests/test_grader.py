@@ -431,7 +431,7 @@ def dar_offsets_rounded(x, draw, options):
     return 1 + np.rint(draw.per_sequence(options.block_size) * (options.lookahead - 1)).astype(int)
 
 
-@wrong_sample("offsets of neighbouring positions depend")
+@wrong_sample("positions 1 and 2 have the same offset in 100 %")
 def dar_pairs_of_positions_share_an_offset(x, draw, options):
     s = 1 + (draw.per_sequence(options.block_size) * options.lookahead).astype(int)
     s[:, 1::2] = s[:, 0::2][:, :s[:, 1::2].shape[1]]

@@ -231,8 +231,8 @@ wrong_loops("the masks come before the prompt", "masks_first_and_read_out_at_k",
 wrong_loops("the prompt lacks its first token", "first_token_dropped",
             inputs=lambda row, k, m, mask: row[1:k] + [mask] * m, at=lambda k, m: k - 1)
 wrong_loops("read out at the first position", "reads_at_the_first_position", at=lambda k, m: 0)
-wrong_loops("nats", "masks_of_another_length",
-            inputs=lambda row, k, m, mask: row[:k] + [mask] * min(len(row) - k, 1 + (7 * k) % 5))
+wrong_loops("-log P of token 2 of window", "masks_counted_from_the_end",        # a mistake without a name
+            inputs=lambda row, k, m, mask: row[:k] + [mask] * min(len(row) - k, [1, 2, 2, 2, 3, 3, 4, 5, 9][k]))
 wrong_loops("the input is filled up with the id 0", "filled_up_with_0",
             inputs=lambda row, k, m, mask: row[:k] + [mask] * m + [0] * (len(row) - k - m))
 
