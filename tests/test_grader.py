@@ -431,6 +431,22 @@ def dar_offsets_rounded(x, draw, options):
     return 1 + np.rint(draw.per_sequence(options.block_size) * (options.lookahead - 1)).astype(int)
 
 
+@wrong_sample("sequences 1 and 3 of a batch have the same offset at 100 %")
+def dar_halves_of_the_batch_share_offsets(x, draw, options):
+    u = draw.per_sequence(options.block_size)
+    half = len(u) // 2
+    u = np.concatenate((u[:len(u) - half], u[:half]))
+    return 1 + (u * options.lookahead).astype(int)
+
+
+@wrong_sample("positions 1 and 9 have the same offset in 0 %")
+def dar_halves_of_the_window_are_opposite(x, draw, options):
+    u = draw.per_sequence(options.block_size)
+    half = u.shape[1] // 2
+    u = np.concatenate((u[:, :u.shape[1] - half], 1 - u[:, :half]), axis=1)
+    return np.minimum(options.lookahead, 1 + (u * options.lookahead).astype(int))
+
+
 @wrong_sample("positions 1 and 2 have the same offset in 100 %")
 def dar_pairs_of_positions_share_an_offset(x, draw, options):
     s = 1 + (draw.per_sequence(options.block_size) * options.lookahead).astype(int)
@@ -970,6 +986,50 @@ def bert_one_kind_per_sequence(x, kind, random, options):
     return np.where(kind < 0.8, options.mask_token, np.where(kind < 0.9, other, x))
 
 
+@wrong_bert("instead of 80, 10, 10")
+def bert_two_draws_of_10_percent(x, kind, random, options):
+    """Random tokens first, then a tenth of all unchanged: 81, 9, 10."""
+    other = (np.random.random(x.shape) * options.vocab_size).astype(int)
+    shown = np.where(kind < 0.1, other, options.mask_token)
+    return np.where(random < 0.1, x, shown)
+
+
+@wrong_bert("are masked, replaced or left together: each draws its own kind")
+def bert_halves_share_their_kinds(x, kind, random, options):
+    half = x.shape[1] // 2
+    kind[:, half:2 * half] = kind[:, :half]
+    other = (random * options.vocab_size).astype(int)
+    return np.where(kind < 0.8, options.mask_token, np.where(kind < 0.9, other, x))
+
+
+@wrong_bert("all sequences of a batch get the same random tokens")
+def bert_random_tokens_per_position(x, kind, random, options):
+    other = (random[:1] * options.vocab_size).astype(int)
+    return np.where(kind < 0.8, options.mask_token, np.where(kind < 0.9, other, x))
+
+
+@wrong(3, "mask_batch", "normalization bound: the weights of every sequence must have the same sum")
+def bound_counts_the_mask_tokens(x, masked, slots, draw, options):
+    """With corruption bert these are 80 %."""
+    batch = REFERENCE["mask_batch"](x, masked, slots, draw, options)
+    if options.normalization == "tokens":
+        return batch
+    used = batch.weights > 0
+    counts = np.maximum(1, (batch.inputs == options.mask_token).sum(axis=1))
+    weights = used / counts[batch.positions // options.block_size]
+    return batch._replace(weights=weights.astype(np.float32))
+
+
+@wrong(3, "mask_batch", "normalization bound: the weights of every sequence must have the same sum")
+def bound_in_whole_numbers(x, masked, slots, draw, options):
+    batch = REFERENCE["mask_batch"](x, masked, slots, draw, options)
+    if options.normalization == "tokens":
+        return batch
+    counts = np.maximum(1, masked.sum(axis=1))[batch.positions // options.block_size]
+    weights = options.block_size // counts * (batch.weights > 0)
+    return batch._replace(weights=weights.astype(np.float32))
+
+
 @wrong_bert("all sequences are treated alike")
 def bert_one_kind_per_position(x, kind, random, options):
     other = (random * options.vocab_size).astype(int)
@@ -1031,6 +1091,15 @@ def spoilt_mlm(masks):
         return mask_chosen(masks(count, draw, options), x, draw, options)
     mlm.__name__ = "mlm_" + masks.__name__
     return mlm
+
+
+@wrong(3, "mlm", "which positions are masked depends on their tokens")
+def mlm_masks_rare_tokens_more(x, draw, options):
+    T = options.block_size
+    frequency = np.bincount(x.ravel())[x[:, :T]]
+    rank = (draw.per_sequence(T) ** (1 / frequency)).argsort(axis=1).argsort(axis=1)
+    count = mask_count(options.mask_ratio, T)
+    return REFERENCE["mask_batch"](x, rank < count, count * len(x), draw, options)
 
 
 wrong(3, "mlm", "mlm: the same positions are masked in every sequence")(spoilt_mlm(masks_first_positions))
@@ -1176,6 +1245,14 @@ def vlm_one_ratio_per_batch(x, draw, options):
 @wrong_vlm("the number of masked positions is always 8")
 def vlm_mean_count(x, draw, options):
     return sum(limits(options)) // 2
+
+
+@wrong_vlm("sequences 1 and 3 of a batch always have the same number")
+def vlm_halves_of_the_batch_share_counts(x, draw, options):
+    counts = uniform_count(*limits(options), np.random.random(len(x)))
+    half = len(x) // 2
+    counts[len(x) - half:] = counts[:half]
+    return counts
 
 
 @wrong_vlm("the mask ratios are the same at every step")

@@ -585,11 +585,11 @@ def with_the_given_helpers(train, y, groups, tests, K, metric, directions=None):
 # Exercise 8: wrong
 
 def spoilt(prepare=prepared, fit=newton, fit_scores=ridge, judge="held out", by_group=True, choose=np.argmax,
-           value=None, last_fit="all", finish=None, judge_on=lambda metric: metric):
+           value=None, last_fit="all", finish=None, judge_on=lambda metric: metric, folds=folds_of):
     """by_folds with parts replaced. value(metric's value, W) -> what is maximised."""
     def solution(train, y, groups, tests, K, metric, directions=None):
         X, *tests = prepare(train, tests, directions)
-        fold = folds_of(groups if by_group else np.arange(len(y)), 5)
+        fold = folds(groups if by_group else np.arange(len(y)), 5)
         fit_one = (lambda X, y, strength: fit(X, y, K, strength)) if K else fit_scores
         metric = judge_on(metric)
         values = []
@@ -721,6 +721,45 @@ def scaled_but_not_shifted(train, tests, directions):
     return [(train - mean) / std, *[test / std for test in tests]]
 
 
+def contiguous_folds(groups, number):
+    return np.arange(len(groups)) * number // len(groups)
+
+
+def variance_instead_of_deviation(train, tests, directions):
+    train, *tests = on_directions(train, tests, directions)
+    mean, variance = train.mean(axis=0), train.var(axis=0)
+    variance = np.where(variance == 0, 1, variance)
+    return [(part - mean) / variance for part in (train, *tests)]
+
+
+def first_columns(train, tests, directions):
+    return prepared(train[:, :directions], [test[:, :directions] for test in tests], None)
+
+
+def uncentred_directions(train, tests, directions):
+    if directions is None:
+        return prepared(train, tests, None)
+    axes = torch.linalg.eigh(train.double().T @ train.double())[1][:, -directions:]
+    return prepared(*[part.double() @ axes for part in [train]], [test.double() @ axes for test in tests], None)
+
+
+def directions_not_standardised(train, tests, directions):
+    if directions is None:
+        return prepared(train, tests, None)
+    train, *tests = on_directions(train, tests, directions)
+    return [part - train.mean(axis=0) for part in (train, *tests)]
+
+
+wrong_probe("copies of one example, with the same number in groups, are on both sides", "folds_of_neighbours",
+            folds=contiguous_folds)
+wrong_probe("standardise the features (divide by their standard deviation)", "divided_by_the_variance",
+            prepare=variance_instead_of_deviation)
+wrong_probe("with directions=", "directions_are_columns", prepare=first_columns)
+wrong_probe("are they the directions of the largest variance of centred features?", "directions_not_centred",
+            prepare=uncentred_directions)
+wrong_probe("standardise after `leading`", "directions_of_their_own_scale", prepare=directions_not_standardised)
+wrong_probe("it must have the strength that was chosen", "one_strength_too_weak",
+            choose=lambda values: min(len(values) - 1, np.argmax(values) + 1))
 wrong_probe("on examples that were fitted", "chosen_on_the_fitted_examples", judge="fitted")
 wrong_probe("copies of one example, with the same number in groups, are on both sides", "groups_ignored",
             by_group=False)
@@ -783,6 +822,25 @@ def predictions_alone(train, y, groups, tests, K, metric, directions=None):
 def strength_alone(train, y, groups, tests, K, metric, directions=None):
     predictions, how = REFERENCE[8](train, y, groups, tests, K, metric, directions)
     return predictions, {"strength": how["strength"]}
+
+
+@wrong(8, "strength in the dict that probe returns must be a number, not None")
+def says_nothing_of_the_fit(train, y, groups, tests, K, metric, directions=None):
+    predictions, how = REFERENCE[8](train, y, groups, tests, K, metric, directions)
+    return predictions, dict.fromkeys(how)
+
+
+@wrong(8, "at_edge is false")
+def never_at_the_edge(train, y, groups, tests, K, metric, directions=None):
+    predictions, how = REFERENCE[8](train, y, groups, tests, K, metric, directions)
+    return predictions, {**how, "at_edge": False}
+
+
+@wrong(8, "class numbers, not the scores of all classes")
+def judges_scores(train, y, groups, tests, K, metric, directions=None):
+    if K:
+        metric(np.eye(K)[y], y)
+    return REFERENCE[8](train, y, groups, tests, K, metric, directions)
 
 
 @wrong(8, "classes_only raises IndexError")

@@ -212,6 +212,15 @@ def mask_added(scores, causal, mask):
     return only_causal(scores if mask is None else scores + mask.float(), causal, None)
 
 
+def a_little_lower(scores, causal, mask):
+    future = torch.ones(scores.shape[-2:]).triu(1)
+    return only_mask(scores - 20 * future if causal else scores, causal, mask)
+
+
+def mask_a_little_lower(scores, causal, mask):
+    return only_causal(scores if mask is None else scores - 20 * ~mask, causal, None)
+
+
 def either_is_enough(scores, causal, mask):
     past = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if causal else None
     seen = [part for part in (past, mask) if part is not None]
@@ -239,6 +248,11 @@ def either_is_enough(scores, causal, mask):
     (almost(hide=mask_transposed), "The last axis of the mask is that of the keys"),
     (almost(hide=mask_added), "which the mask hides (False): masked keys must get no weight"),
     (almost(hide=either_is_enough), "a key must be visible by both"),
+    (almost(hide=a_little_lower), "which lies in its future and has a high score"),
+    (almost(hide=mask_a_little_lower), "which the mask hides (False) and which has a high score"),
+    (almost(scale=lambda q: 1 / 4), "the scale is 1/4 whatever D is"),
+    (lambda q, k, v, causal, mask: almost()(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal, mask).float(),
+     "is something computed in 16 bits?"),
     (almost(after=lambda weights, hidden: (~hidden).float() / (~hidden).sum(dim=-1, keepdim=True)),
      "all keys get the same weight"),
     (almost(after=lambda weights, hidden: F.dropout(weights, 0.2)), "do not sum to 1 over the keys"),
@@ -326,6 +340,30 @@ def zero_logits_for_padding(hidden, weight, targets, weights, vocab_size):
     return -(weights * logits.log_softmax(dim=-1).gather(1, targets).mean(dim=1)).sum()
 
 
+def padding_a_little_lower(hidden, weight, targets, weights, vocab_size):
+    logits = hidden @ weight.T - 30 * (torch.arange(len(weight)) >= vocab_size)
+    return -(weights * logits.log_softmax(dim=-1).gather(1, targets).mean(dim=1)).sum()
+
+
+def label_smoothing(hidden, weight, targets, weights, vocab_size):
+    logits = (hidden @ weight[:vocab_size].T).repeat_interleave(targets.size(1), 0)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none", label_smoothing=0.1)
+    return (losses.view(targets.shape).mean(dim=1) * weights).sum()
+
+
+def weights_repeated(hidden, weight, targets, weights, vocab_size):
+    K = targets.size(1)
+    logits = (hidden @ weight[:vocab_size].T).repeat_interleave(K, 0)
+    return (F.cross_entropy(logits, targets.flatten(), reduction="none") * weights.repeat(K)).sum() / K
+
+
+def positions_repeated(hidden, weight, targets, weights, vocab_size):
+    K = targets.size(1)
+    logits = (hidden @ weight[:vocab_size].T).repeat(K, 1)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+    return (losses.mean(dim=1) * weights).sum()
+
+
 def raw_logits(hidden, weight, targets, weights, vocab_size):
     return -(weights * (hidden @ weight[:vocab_size].T).gather(1, targets).mean(dim=1)).sum()
 
@@ -342,6 +380,10 @@ def softmax_twice(hidden, weight, targets, weights, vocab_size):
     (nearly(ids=lambda vocab_size: None), "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: vocab_size + 1), "the mask token or padding gets probability"),
     (nearly(ids=lambda vocab_size: vocab_size - 1), "the last id is missing"),
+    (padding_a_little_lower, "where the mask token and padding have high logits"),
+    (label_smoothing, "is there label smoothing, or a temperature?"),
+    (weights_repeated, "the weight of one position goes to the targets of another"),
+    (positions_repeated, "the targets of one position are scored at another"),
     (nearly(axis=0), "is the softmax missing or over the wrong axis?"),
     (nearly(combine=lambda chosen: -chosen.sum(dim=1)), "must be averaged"),
     (nearly(combine=lambda chosen: -chosen.exp().mean(dim=1).log()), "average their log-probabilities"),
