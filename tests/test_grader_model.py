@@ -96,10 +96,11 @@ def attention_fused(q, k, v, causal, mask):
 
 def attention_with_added_bias(q, k, v, causal, mask):
     """-inf is added; one matrix product for all heads; causal and mask together are refused."""
-    assert not (causal and mask is not None)
+    if causal and mask is not None:
+        raise TypeError("causal and mask never come together")
     B, H, T, D = q.shape
     S = k.size(2)
-    bias = torch.zeros(T, S)
+    bias = torch.zeros(T, S, dtype=q.dtype)
     if causal:
         bias.masked_fill_(torch.arange(S) > torch.arange(T)[:, None], float("-inf"))
     if mask is not None:
