@@ -97,7 +97,7 @@ def attention_fused(q, k, v, causal, mask):
 def attention_with_added_bias(q, k, v, causal, mask):
     """-inf is added; one matrix product for all heads; causal and mask together are refused."""
     if causal and mask is not None:
-        raise TypeError("causal and mask never come together")
+        raise NotImplementedError("causal and mask never come together")
     B, H, T, D = q.shape
     S = k.size(2)
     bias = torch.zeros(T, S, dtype=q.dtype)

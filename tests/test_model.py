@@ -226,9 +226,9 @@ def test_attention_takes_a_mask_for_every_query():
 
     try:
         model_file.attention(*torch.zeros(3, 2, 3, 12, 16), True, visible)
-    except NotImplementedError:                             # not yet written
-        raise
-    except Exception:
+    except Exception as error:
+        if str(error).startswith("exercise 5"):             # not yet written
+            raise
         return
     seen = visible & torch.ones(12, 12, dtype=torch.bool).tril()
     weights, _, _ = weights_of(causal=True, mask=visible)
