@@ -61,7 +61,7 @@ def fit(X, y, tests, K, metric=accuracy, groups=None, directions=None):
     explain(isinstance(how, dict), f"the second thing that probe returns must be a dict, not {type(how).__name__}")
     missing = [key for key in KEYS if key not in how]
     explain(not missing, f"the dict that probe returns lacks {', '.join(missing)}")
-    for key in ("strength", "held_out", "gradient"):
+    for key in ("strength", "held_out"):
         explain(is_number(how[key]), f"{key} in the dict that probe returns must be a number, not {how[key]!r}")
     explain(isinstance(predictions, (list, tuple)) and len(predictions) == len(tests),
             f"probe must return a list with predictions for each of the {len(tests)} test sets")
