@@ -740,7 +740,21 @@ def uncentred_directions(train, tests, directions):
     if directions is None:
         return prepared(train, tests, None)
     axes = torch.linalg.eigh(train.double().T @ train.double())[1][:, -directions:]
-    return prepared(*[part.double() @ axes for part in [train]], [test.double() @ axes for test in tests], None)
+    return prepared(train.double() @ axes, [test.double() @ axes for test in tests], None)
+
+
+def smallest_directions(train, tests, directions):
+    if directions is None:
+        return prepared(train, tests, None)
+    axes = torch.linalg.eigh(torch.cov(train.double().T))[1][:, :directions]
+    return prepared(train.double() @ axes, [test.double() @ axes for test in tests], None)
+
+
+def own_directions(train, tests, directions):
+    if directions is None:
+        return prepared(train, tests, None)
+    train, *tests = [probe_file.leading(part.double(), [], directions)[0] for part in (train, *tests)]
+    return prepared(train, tests, None)
 
 
 def directions_not_standardised(train, tests, directions):
@@ -752,11 +766,17 @@ def directions_not_standardised(train, tests, directions):
 
 wrong_probe("copies of one example, with the same number in groups, are on both sides", "folds_of_neighbours",
             folds=contiguous_folds)
+wrong_probe("copies of one example, with the same number in groups, are on both sides", "folds_of_positions",
+            folds=lambda groups, number: np.arange(len(groups))[::-1] % number)
 wrong_probe("standardise the features (divide by their standard deviation)", "divided_by_the_variance",
             prepare=variance_instead_of_deviation)
 wrong_probe("with directions=", "directions_are_columns", prepare=first_columns)
 wrong_probe("are they the directions of the largest variance of centred features?", "directions_not_centred",
             prepare=uncentred_directions)
+wrong_probe("are they the directions of the largest variance", "directions_of_the_smallest_variance",
+            prepare=smallest_directions)
+wrong_probe("project the test sets on the directions of the training split", "directions_of_each_set",
+            prepare=own_directions)
 wrong_probe("standardise after `leading`", "directions_of_their_own_scale", prepare=directions_not_standardised)
 wrong_probe("it must have the strength that was chosen", "one_strength_too_weak",
             choose=lambda values: min(len(values) - 1, np.argmax(values) + 1))
