@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import conftest     # noqa: F401. Before numpy: it sets the number of threads
 import test_grader
 import test_grader_evals
 import test_grader_model
