@@ -667,10 +667,10 @@ def explain_masks_ignore_tokens(name, **given):
     options = make_options(name, block_size=6, vocab_size=3, **given)
     x = np.tile([0, 0, 0, 1, 1, 2, 0], (4, 1))[:, :window_size(options)]
     masks = []
-    for step in range(1500):
+    for step in range(600):
         batch = make(options, x, Draw(7, step, range(4)))
         masks.append(scored_positions(batch, x, options))
-    masks = np.concatenate(masks)                                               # (6000, 6)
+    masks = np.concatenate(masks)                                               # (2400, 6)
     names = [f"position {k + 1}" for k in range(6)]
     explain_uniform(masks.sum(axis=0), names,
                     f"{name}: which positions are masked depends on their tokens, here 0 0 0 1 1 2")
@@ -891,7 +891,7 @@ def test_vlm_draws_every_set_of_positions_equally_often():
     explain_uniform_sets(masks, "vlm")
 
     # The same among the sequences of one count
-    masks = masks_of_steps("vlm", steps=4000, B=4, block_size=6, mask_range=(1 / 3, 2 / 3))
+    masks = masks_of_steps("vlm", steps=2500, B=4, block_size=6, mask_range=(1 / 3, 2 / 3))
     names = [f"position {k + 1}" for k in range(6)]
     for count in (2, 3, 4):
         rows = masks[masks.sum(axis=2) == count]
