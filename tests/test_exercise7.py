@@ -83,14 +83,14 @@ def masked_input(row, k, masks):
 
 
 @torch.no_grad()
-def logits(model, inputs, at):
+def logits(model, inputs, at, valid=None):
     """(padded V,) float64: the logits of one position, of the mask token and padding too."""
-    hidden = model.features(torch.tensor([inputs]))[0, at]
+    hidden = model.features(torch.tensor([inputs]), valid)[0, at]
     return (model.wte.weight @ hidden).double()
 
 
-def nats(model, inputs, at, target):
-    return -logits(model, inputs, at)[:V].log_softmax(0)[target].item()
+def nats(model, inputs, at, target, valid=None):
+    return -logits(model, inputs, at, valid)[:V].log_softmax(0)[target].item()
 
 
 def table(x, wanted, value):
@@ -124,12 +124,10 @@ def at_all_masks(combine):
     return value
 
 
-@torch.no_grad()
 def masks_hidden(model, row, k, masks):
     """The nats if `valid` holds for the prompt only."""
-    shown = torch.tensor([masked_input(row, k, masks[k])])
-    hidden = model.features(shown, torch.arange(shown.size(1))[None] < k)[0, k]
-    return -(model.wte.weight @ hidden).double()[:V].log_softmax(0)[row[k]].item()
+    shown = masked_input(row, k, masks[k])
+    return nats(model, shown, k, row[k], valid=torch.arange(len(shown))[None] < k)
 
 
 def from_logits(make):

@@ -244,12 +244,17 @@ def causal_script(model, x, wanted, masks, batch_size):
     return Scores(*[field * wanted for field in scores])
 
 
+def hidden_at_masks(model, row, k, masks):
+    """(masks[k], C) hidden states of the masks that follow the first k tokens of a window."""
+    inputs = torch.cat((row[:k], torch.full((int(masks[k]),), model.config.mask_token)))
+    return model.features(inputs[None])[0, k:]
+
+
 @wrong(7, "the score is a logit, not a log-probability")
 def logits(model, x, wanted, masks, batch_size):
     scores = REFERENCE[7](model, x, wanted, masks, batch_size)
     for i, k in each_wanted(wanted):
-        inputs = torch.cat((x[i, :k], torch.full((int(masks[k]),), model.config.mask_token)))
-        scores.nats[i, k] = -model.logits(model.features(inputs[None])[0, k])[x[i, k]]
+        scores.nats[i, k] = -model.logits(hidden_at_masks(model, x[i], k, masks)[0])[x[i, k]]
     return scores
 
 
@@ -257,9 +262,8 @@ def logits(model, x, wanted, masks, batch_size):
 def probability_on_padding(model, x, wanted, masks, batch_size):
     scores = REFERENCE[7](model, x, wanted, masks, batch_size)
     for i, k in each_wanted(wanted):
-        inputs = torch.cat((x[i, :k], torch.full((int(masks[k]),), model.config.mask_token)))
-        z = model.features(inputs[None])[0, k] @ model.wte.weight.T
-        scores.nats[i, k] = F.cross_entropy(z[None], x[i, k:k + 1])
+        z = hidden_at_masks(model, x[i], k, masks)[:1] @ model.wte.weight.T
+        scores.nats[i, k] = F.cross_entropy(z, x[i, k:k + 1])
     return scores
 
 
@@ -278,18 +282,9 @@ def scores_the_mask_token(model, x, wanted, masks, batch_size):
 def predicts_the_mask_token(model, x, wanted, masks, batch_size):
     scores = REFERENCE[7](model, x, wanted, masks, batch_size)
     for i, k in each_wanted(wanted):
-        inputs = torch.cat((x[i, :k], torch.full((int(masks[k]),), model.config.mask_token)))
-        z = model.features(inputs[None])[0, k] @ model.wte.weight.T
-        scores.nats[i, k] = F.cross_entropy(z[None], inputs[k:k + 1])
+        z = hidden_at_masks(model, x[i], k, masks)[:1] @ model.wte.weight.T
+        scores.nats[i, k] = F.cross_entropy(z, torch.tensor([model.config.mask_token]))
     return scores
-
-
-@wrong(7, "is not wanted, but has a score: it must be 0, in all three fields")
-def zeroes_nats_only(model, x, wanted, masks, batch_size):
-    everything = np.ones(x.shape, dtype=bool)
-    everything[:, 0] = False
-    scores = REFERENCE[7](model, x, everything, masks, batch_size)
-    return scores._replace(nats=scores.nats * wanted)
 
 
 @wrong(7, "is not wanted, but has a score: it must be 0")
@@ -297,6 +292,12 @@ def scores_what_is_not_wanted(model, x, wanted, masks, batch_size):
     everything = np.ones(x.shape, dtype=bool)
     everything[:, 0] = False
     return REFERENCE[7](model, x, everything, masks, batch_size)
+
+
+@wrong(7, "is not wanted, but has a score: it must be 0, in all three fields")
+def zeroes_nats_only(model, x, wanted, masks, batch_size):
+    scores = scores_what_is_not_wanted(model, x, wanted, masks, batch_size)
+    return scores._replace(nats=scores.nats * wanted)
 
 
 @wrong(7, "what fills up the shorter ones must be hidden from attention (valid)")
@@ -360,8 +361,7 @@ def hides_the_masks(model, x, wanted, masks, batch_size):
 def mean_over_masks(model, x, wanted, masks, batch_size):
     scores = REFERENCE[7](model, x, wanted, masks, batch_size)
     for i, k in each_wanted(wanted):
-        inputs = torch.cat((x[i, :k], torch.full((int(masks[k]),), model.config.mask_token)))
-        hidden = model.features(inputs[None])[0, k:]
+        hidden = hidden_at_masks(model, x[i], k, masks)
         scores.nats[i, k] = score(model, hidden, x[i, [k] * len(hidden)])[0].mean()
     return scores
 
@@ -809,7 +809,7 @@ wrong_probe("metric is called as metric(true, predicted)", "metric_of_true_and_p
 wrong_probe("minimise the cross-entropy of a softmax, not the squared error", "least_squares_classifier",
             fit=least_squares)
 wrong_probe("the fit must run to convergence", "three_steps_only", fit=three_steps)
-wrong_probe("is the fit run to convergence", "three_lbfgs_steps_of_lbfgs", fit=three_lbfgs_steps)
+wrong_probe("is the fit run to convergence", "three_steps_of_lbfgs", fit=three_lbfgs_steps)
 wrong_probe("is the cross-entropy a sum over examples", "cross_entropy_summed", fit=summed_cross_entropy)
 wrong_probe("subtract the training split's mean from the test sets too", "test_sets_not_shifted",
             prepare=scaled_but_not_shifted)
