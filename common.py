@@ -49,8 +49,8 @@ def one_line_errors(*kinds):
     """For the main function of a script: a user's mistake is one line on stderr and exit code 2.
 
     kinds: the errors that are a user's mistake, by default ValueError and OSError. NotImplementedError, the
-    body of an exercise, is always one. Any other error is a mistake of ours and keeps its traceback. Ctrl-C is
-    one line too, and exit code 130.
+    body of an exercise, is always one. Any other error is a mistake of ours and keeps its traceback. Ctrl-C
+    is one line too, and exit code 130.
     """
     show_any_character()
     try:
@@ -278,11 +278,11 @@ def unzip(archive, members):
                         "remove it and try again") from None
 
 
-def fetch(url, path, sha256=None, size=None):
+def fetch(url, path, sha256=None):
     """Download url to path, unless it exists. After a broken connection, the same call resumes.
 
     Of several processes that want the same file, one downloads it and the others wait.
-    sha256, size in bytes: what the file must have. Raises DataError.
+    sha256: what the file must have, if it is known. Raises DataError.
     """
     if os.path.exists(path):
         return
@@ -294,19 +294,15 @@ def fetch(url, path, sha256=None, size=None):
         download = Download(url, path)
         download.connect()
         with contextlib.closing(download), tqdm(
-                desc=os.path.basename(path), initial=download.have, total=download.size or size, unit="B",
+                desc=os.path.basename(path), initial=download.have, total=download.size, unit="B",
                 unit_scale=True, disable=None) as bar:
             while arrived := download.more():
                 bar.update(arrived)
 
         # Check it, then give it its name
-        if size is not None and download.have < size:
-            raise download.stopped(size)
-        wrong_size = size is not None and download.have != size
-        if wrong_size or (sha256 is not None and file_sha256(download.part) != sha256):
+        if sha256 is not None and file_sha256(download.part) != sha256:
             download.forget()
-            raise DataError(f"{url}: not the expected file, its size or sha256 does not match. "
-                            "It was removed")
+            raise DataError(f"{url}: not the expected file, its sha256 does not match. It was removed")
         with open(download.part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(download.part, path)
@@ -399,17 +395,18 @@ class Download:
         try:
             chunk = self.response.read(2**20)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise self.stopped(self.size, error) from None
+            raise self.stopped(error) from None
         if not chunk and self.size is not None:             # the server hung up
-            raise self.stopped(self.size)
+            raise self.stopped()
         with open(self.part, "ab") as file:
             file.write(chunk)
         self.have += len(chunk)
         return len(chunk)
 
-    def stopped(self, size, error=None):
+    def stopped(self, error=None):
+        whole = "" if self.size is None else f" of {self.size}"
         reason = f" ({getattr(error, 'reason', error)})" if error else ""
-        return DataError(f"{self.url}: stopped at {self.have} of {size} bytes{reason}. "
+        return DataError(f"{self.url}: stopped at {self.have}{whole} bytes{reason}. "
                          "Run the same command again to resume")
 
     def close(self):
@@ -562,7 +559,7 @@ def save_checkpoint(out_dir, model, optimizers, step, tokens=0):
 
 @contextlib.contextmanager
 def open_in_checkpoint(out_dir, name):
-    """A file of a checkpoint folder, opened in bytes. An error while it is read becomes a DataError, one line."""
+    """A file of a checkpoint folder, opened in bytes. An error while it is read becomes a DataError."""
     path = os.path.join(out_dir, name)
     if os.path.isfile(out_dir):
         raise DataError(f"{out_dir} is a file: give the folder that train.py wrote, such as out/vlm")
@@ -587,20 +584,17 @@ def read_config(out_dir):
     return config
 
 
-DATASET_DIGESTS = ("meta", "tokenizer")     # a dataset's description and its vocabulary
+def dataset_digests(folder):
+    """{"meta", "tokenizer": sha256 of that .json file} of a dataset: its description and its vocabulary.
 
-
-def dataset_digests(folder, names=DATASET_DIGESTS):
-    """{name: sha256 of its .json file} of a dataset. train.py stores it in config.json as "dataset"."""
-    return {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in names}
-
-
-def check_dataset(folder, checkpoint, digests):
-    """Raises DataError if a dataset is not, byte for byte, the one that a checkpoint was trained on.
-
-    digests: what the checkpoint's config.json says of it. Only the files that it names are compared.
+    train.py stores it in config.json as "dataset".
     """
-    if dataset_digests(folder, digests) != digests:
+    return {name: file_sha256(os.path.join(folder, f"{name}.json")) for name in ("meta", "tokenizer")}
+
+
+def check_dataset(folder, checkpoint):
+    """Raises DataError if a dataset is not, byte for byte, the one that a checkpoint was trained on."""
+    if dataset_digests(folder) != read_config(checkpoint).get("dataset"):
         raise DataError(f"{folder} is not the dataset that {checkpoint} was trained on: "
                         "it was prepared again, or --data_dir names another folder")
 
@@ -621,10 +615,10 @@ def read_checkpoint(out_dir, device="cpu"):
     return state, config
 
 
-def load_checkpoint(out_dir, device="cpu"):
+def load_checkpoint(out_dir, device="cpu", dtype="float32"):
     """(model in eval mode, config.json as a dict with "step" and the "weights" digest added).
 
-    Raises DataError, one line, if it is no checkpoint.
+    dtype: of the activations, see `pick_dtype`. Raises DataError, one line, if it is no checkpoint.
     """
     state, config = read_checkpoint(out_dir, device)
     try:
@@ -634,6 +628,7 @@ def load_checkpoint(out_dir, device="cpu"):
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{out_dir}: ckpt.pt does not match config.json, copy both again from one run: "
                         f"{reason}") from None
+    model.dtype = pick_dtype(dtype, device)
     return model.eval(), {**config, "step": state["step"], "weights": weights_digest(state["model"])}
 
 # -----------------------------------------------------------------------------
@@ -683,7 +678,7 @@ def as_json(value):
     """JSON with one key per line, but a list of numbers or strings in a single line."""
     text = json.dumps(value, indent=1)
 
-    # Newlines stand between values only: inside a JSON string they are written as \\n
+    # Newlines stand between values only: inside a JSON string they are written as \n
     return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
 
 

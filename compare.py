@@ -28,15 +28,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import eval_glue
+import eval_ppl
 import flags
 import objectives
 import report
-from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, read_checkpoint, read_result,
-                    source_digests, weights_digest, write_atomically, write_json)
+import spectrum
+from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, pick_device, read_checkpoint,
+                    read_result, source_digests, weights_digest, write_atomically, write_json)
 from objectives import OBJECTIVES, Options
 
 HERE = Path(__file__).parent
@@ -51,7 +54,7 @@ def compare(args):
     runs = make_runs(settings, args)
     for run in runs:
         for words in evaluations(run, args):
-            parse(words)
+            check_evaluation(words, run)
     plans = {run.folder: plan(run, args) for run in runs}
 
     # Train and evaluate
@@ -130,9 +133,7 @@ def parse_setting(text, args):
     words = ["--preset", "tiny", "--max_iters", str(args.max_iters), *shlex.split(args.train),
              "--objective", *words]
     given = parse(["train.py", *words])
-    for name, value in flags.PRESETS[given.preset].items():
-        if getattr(given, name) is None:
-            setattr(given, name, value)
+    flags.fill_preset(given, pick_device(given.device))
 
     # What train.py would refuse
     objectives.check(given)
@@ -158,6 +159,16 @@ def parse(words):
 
     parser.error = error
     return parser.parse_args(words[1:])
+
+
+def check_evaluation(words, run):
+    """Raises ValueError, one line, for an evaluation that would fail, or measure another checkpoint."""
+    given = parse(words)
+    if given.checkpoint != [str(run.folder)] or given.results:
+        raise ValueError(f"{words[0]}: --checkpoint and --results are chosen by compare.py")
+    checks = {"eval_ppl.py": eval_ppl.check_flags, "eval_glue.py": eval_glue.check_flags,
+              "spectrum.py": spectrum.check_flags}
+    checks[words[0]](given)
 
 
 def make_runs(settings, args):
@@ -188,18 +199,19 @@ class Command(NamedTuple):
 
 
 def evaluations(run, args):
-    """The commands that evaluate a run, as lists of words.
-
-    A model that saw fewer masks in training than eval_ppl.py shows it is also scored with as few.
-    """
+    """The commands that evaluate a run, as lists of words."""
     checkpoint = ["--checkpoint", str(run.folder)]
     commands = []
     if args.eval_ppl != "none":
         command = ["eval_ppl.py", *checkpoint, *shlex.split(args.eval_ppl)]
         commands.append(command)
+
+        # A model that saw fewer masks in training than it is shown is also scored with as few
+        given = parse(command)
         options = argparse.Namespace(**run.setting.options)
         most = OBJECTIVES[options.objective].most_masks(options)
-        if most is not None and most < options.block_size:
+        fewer = most is not None and most < options.block_size
+        if fewer and given.method == "left-to-right" and given.suffix != "matched":
             commands.append([*command, "--suffix", "matched"])
     if args.eval_glue != "none":
         commands.append(["eval_glue.py", *checkpoint, *shlex.split(args.eval_glue)])
@@ -390,7 +402,7 @@ def execute(plans, args):
     pool = ThreadPoolExecutor(args.jobs)
     try:
         futures = [pool.submit(work_on, run, commands) for run, commands in plans]
-        for future in futures:
+        for future in as_completed(futures):
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -455,12 +467,15 @@ def check(args):
 
     Returns the settings. Raises ValueError, one line.
     """
+    # Numbers and figures
     if args.jobs < 1:
         raise ValueError(f"jobs must be at least 1, not {args.jobs}")
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError("seeds must differ")
     check_plot(args.plot)
     check_plot(args.curves)
+
+    # Settings, and which of them the others are compared with
     settings = [parse_setting(text, args) for text in args.runs]
     names = [setting.name for setting in settings]
     args.against = [shlex.join(shlex.split(text)) for text in args.against or args.runs[:1]]

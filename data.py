@@ -51,7 +51,7 @@ def prepare(name, files=None, shards=None, tokenizer=None, val_fraction=None, sh
 
     name: "stdlib"; "pile" with `shards`, a list of numbers; or any other with `files`, a list of paths.
     tokenizer: "gpt2", "bytes" or "bpe:N"; by default bpe:2048 for stdlib, else gpt2.
-    max_tokens: stop after so many tokens, of both splits together. Of the Pile, only as much is downloaded.
+    max_tokens: stop after that many tokens, of both splits together. Of the Pile, only as much is downloaded.
     """
     # What is wanted, as it will stand in meta.json
     files = [str(path) for path in files or []]
@@ -147,8 +147,9 @@ def encode(stream, encoding):
         running, group, size = deque(), [], 0
         for piece in stream:
             # A thread gets many small documents at once
+            _, text, _ = piece
             group.append(piece)
-            size += len(piece[1])
+            size += len(text)
             if size >= PIECE:
                 running.append(pool.submit(work, group))
                 group, size = [], 0
@@ -243,7 +244,7 @@ def load(name, data_dir=DATA_DIR, full=False):
                   for split in SPLITS for shard in meta["splits"][split]["shards"]]
     except FileNotFoundError:
         found = ", ".join(sorted(path.parent.name for path in Path(data_dir).glob("*/meta.json")))
-        raise DataError(f"there is no dataset {folder} (there is: {found or 'none'}). It is made by: "
+        raise DataError(f"there is no dataset {folder} (existing ones: {found or 'none'}). It is made by: "
                         f"{how_to_make(name, data_dir)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(os.path.join(folder, "meta.json"), repr(error), name, data_dir) from None
@@ -265,10 +266,12 @@ def load(name, data_dir=DATA_DIR, full=False):
         splits[split].append(ids)
 
     # What belongs to them
-    path = os.path.join(folder, "tokenizer.json")
-    if not os.path.exists(path):
-        raise damaged(path, "it is missing", name, data_dir, meta)
+    for file in ("tokenizer.json", "unigram.npy"):
+        path = os.path.join(folder, file)
+        if not os.path.exists(path):
+            raise damaged(path, "it is missing", name, data_dir, meta)
     if full:
+        path = os.path.join(folder, "tokenizer.json")
         if load_tokenizer(folder).n_vocab != vocab_size:
             raise damaged(path, f"it does not have {vocab_size} tokens", name, data_dir, meta)
         counts = sum(count_ids(ids, vocab_size) for ids in splits["train"])
@@ -305,7 +308,7 @@ def load_counts(folder):
     try:
         counts = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist: it was not made by this version of data.py") from None
+        raise DataError(f"{path} does not exist") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if counts.ndim != 1 or counts.dtype != np.int64 or len(counts) == 0 or counts.min() < 0:
@@ -475,9 +478,6 @@ def check_existing(wanted, data_dir):
     changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
     if changed:
         raise DataError(f"{folder} already exists and differs in {changed}: "
-                        "add --overwrite to replace it")
-    if "contents" not in meta:
-        raise DataError(f"{folder} already exists, made by an earlier version of data.py: "
                         "add --overwrite to replace it")
 
     # Are the files still what they were? What was downloaded may have been removed

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from common import (Parser, add_device_flags, align, check_different, load_checkpoint, one_line_errors,
-                    pick_device, pick_dtype, read_result, result_path, write_result)
+                    pick_device, read_result, result_path, write_result)
 from features import extract, tokenize
 from finetune import LEARNING_RATES, finetune_seeds
 from glue_data import BUILT_IN, GLUE, METRICS, bootstrap, limit, load_task, require
@@ -153,16 +153,18 @@ def guess(task):
 def score(fit, number, split, metric, classes):
     """{"value", "se", "predictions", how it was fitted} of a Fit on the dev set of that number.
 
-    Fine-tuning: the value is the median of the seeds, the error that of the median seed.
+    Fine-tuning: all of them are those of the median seed (of an even number, the lower of the two).
     """
     predicted = fit.predictions[number]
-    result = {"value": metric(predicted, split.y),
-              "se": bootstrap(metric, predicted, split.y, split.groups),
-              "predictions": compact(predicted, classes), **fit.how}
+    seeds = {}
     if fit.by_seed:
         values = [metric(predictions[number], split.y) for predictions in fit.by_seed]
-        result |= {"value": float(np.median(values)), "seeds": values}
-    return result
+        median = np.argsort(values, kind="stable")[(len(values) - 1) // 2]
+        predicted = fit.by_seed[median][number]
+        seeds = {"seeds": values}
+    return {"value": metric(predicted, split.y),
+            "se": bootstrap(metric, predicted, split.y, split.groups),
+            "predictions": compact(predicted, classes), **fit.how, **seeds}
 
 
 def compact(values, classes):
@@ -259,7 +261,7 @@ def table(columns, show_lengths=False):
     """
     lines = [["", *columns]]
     for same in zip(*columns.values()):             # one row of each checkpoint
-        lines.append([title(same[0]), *[cell(row["model"]) for row in same]])
+        lines.append([", ".join(title(same[0])), *[cell(row["model"]) for row in same]])
         if show_lengths and len(same[0]["by_length"]) == 3:
             for i, name in enumerate(["short", "middle", "long"]):
                 cells = [length_cell(row["by_length"], i) for row in same]
@@ -270,13 +272,13 @@ def table(columns, show_lengths=False):
 
 
 def title(row):
-    """What a row of the results measures: "RTE, accuracy, mean, layer 2"."""
+    """What a row of the results measures, a list: ["RTE", "accuracy", "mean", "layer 2"]."""
     parts = [row["task"], row["metric"], row["pool"]]
     if row["layer"] is not None:
         parts.append(f"layer {row['layer']}")
     if row["directions"] is not None:
         parts.append(f"{row['directions']} directions")
-    return ", ".join(parts)
+    return parts
 
 
 def cell(score):
@@ -300,7 +302,7 @@ def progress_line(rows):
     found = []
     for row in rows:
         result = row["model"]
-        text = f"{', '.join(title(row).split(', ')[1:])} {cell(result)}"
+        text = f"{', '.join(title(row)[1:])} {cell(result)}"
         if "lr" in result:
             text += f" (lr {result['lr']:g}{edge_note(result)})"
         elif row["layer"] == "best":
@@ -421,10 +423,9 @@ def load_checkpoints(args, device):
     """{checkpoint: (model, config, encoding)}. Raises ValueError if one cannot be evaluated."""
     loaded = {}
     for checkpoint in args.checkpoint:
-        model, config = load_checkpoint(checkpoint, device)
+        model, config = load_checkpoint(checkpoint, device, args.dtype)
         check_model(checkpoint, model.config, args)
-        model.dtype = pick_dtype(args.dtype, device)
-        loaded[checkpoint] = model, config, load_tokenizer(checkpoint)
+        loaded[checkpoint] = model, config, load_tokenizer(checkpoint, model.config.vocab_size)
     return loaded
 
 

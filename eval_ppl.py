@@ -26,13 +26,13 @@ the numbers are lengths of a code. Both follow their definition on the text as i
 differ: lm-eval, for one, detokenises WikiText first (3.27 bits per byte, and 3.69 here, for the same model).
 
 All numbers, with sums per document, go to CHECKPOINT/eval_ppl_TEXT_METHOD.json, or below --results DIR. TEXT
-is wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may end in -one or -matched.
+is wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may be followed by -one or
+-matched, and by -N-windows with --max_windows N. Other flags write to the same file.
 """
 import math
 import shlex
 import sys
 import time
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -45,9 +45,9 @@ from tqdm import tqdm
 import data
 import texts
 import tokenizer
-from common import (DataError, Parser, add_device_flags, align, check_different, check_plot, load_checkpoint,
-                    one_line_errors, pick_device, pick_dtype, result_path, save_figure, write_result)
-from objectives import OBJECTIVES, Draw, Options, mask_batch, spread, uniform_masks
+from common import (Parser, add_device_flags, align, check_different, check_plot, load_checkpoint,
+                    one_line_errors, pick_device, result_path, save_figure, write_result)
+from objectives import OBJECTIVES, Draw, Options, mask_batch, options_of_run, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
 LOGITS_LIMIT = 2 ** 25          # numbers in the largest (N, V) float32 buffer: 128 MiB
@@ -427,13 +427,14 @@ def measure(checkpoint, windows, method, settings, contexts, device):
         results["all"] = summary(sums["all"], n_bytes, n_words)
 
     visible = [*contexts, "all"] if contexts else []
+    _, weights = measured["all"]
     n_windows = np.bincount(document[:, 0], minlength=len(n_bytes))         # (documents,)
     return {"windows": len(x), "block_size": x.shape[1], "clusters": unit,
             "seconds": time.time() - start,
             "all": results["all"],
             "prompt_lengths": {str(k): results[str(k)] for k in settings.prompt_lengths},
             "context": {str(m): results[f"context {m}"] for m in visible},
-            "unigram": frequencies_alone(checkpoint, x, measured["all"][1]),
+            "unigram": frequencies_alone(checkpoint, x, weights),
             "documents": {"windows": n_windows.tolist(),
                           "bytes": n_bytes.astype(int).tolist(),
                           "words": n_words.astype(int).tolist()},
@@ -450,10 +451,8 @@ def frequencies_alone(checkpoint, x, weights):
     """{"nats_per_token", "perplexity"} of the same tokens under the unigram model of the training tokens.
 
     "The same" means weighted as the model's own scores. For a masked model, left to right, these are a
-    sample, so the number differs a little from that of a causal model on the same text. None without counts.
+    sample, so the number differs a little from that of a causal model on the same text.
     """
-    if checkpoint.unigram is None:
-        return None
     nats = float((-checkpoint.unigram[x] * weights).sum() / weights.sum())
     return {"nats_per_token": nats, "perplexity": math.exp(nats)}
 
@@ -465,7 +464,7 @@ def ratio(totals, sizes):
 
         se = std over clusters of (total - r size) / (sqrt(n) mean(size))
 
-    Both sums vary between clusters, and so does what long documents count. nan for a single cluster.
+    Both sums vary between clusters, so long documents count more. nan for a single cluster.
     """
     used = (totals != 0) | (sizes != 0)
     totals = totals[used]
@@ -519,10 +518,13 @@ def cell(result, name):
     se = result.get(name + "_se")
     if value is None:
         return "-"
+    style = ".3f"
+    if value >= 10:
+        style = ".2f"
+    if value >= 100:
+        style = ".1f"
     if value >= 1e5:
         style = ".3g"
-    else:
-        style = ".1f" if value >= 100 else ".2f" if value >= 10 else ".3f"
     error = "" if se is None else f" ± {se:{style}}"
     return f"{value:{style}}" + error
 
@@ -566,9 +568,9 @@ def show(reports):
     print(table(reports))
 
     for r in reports:
-        if r["unigram"] and r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
+        if r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
             print(f"{r['checkpoint']} has learned no context yet: word frequencies alone do as well.")
-    if any(r["unigram"] and r["suffix"] for r in reports):          # a masked model, left to right
+    if any(r["suffix"] for r in reports):          # a masked model, left to right
         print("Word frequencies alone are scored on the same tokens as the model: of masked models on a "
               "sample (--samples).")
     if any(r["clusters"] == "windows" for r in reports):
@@ -646,7 +648,7 @@ class LoadedCheckpoint(NamedTuple):
     model: torch.nn.Module
     config: dict                        # config.json, with the step and the digest of the weights
     encoding: object                    # its tokenizer
-    unigram: np.ndarray                 # (V,) log-probabilities by word frequencies alone, nats, or None
+    unigram: np.ndarray                 # (V,) log-probabilities by word frequencies alone, nats
     most_masks: int                     # of a sequence in training, None if causal or not known
     ahead: int                          # how far the targets of training reach beyond the inputs, tokens.
                                         # Above 1 it predicts a mixture of them, no code for the next one
@@ -654,27 +656,20 @@ class LoadedCheckpoint(NamedTuple):
 
 def load(path, args):
     """A LoadedCheckpoint. Raises ValueError, one line."""
-    model, config = load_checkpoint(path, args.device)
-    model.dtype = pick_dtype(args.dtype, args.device)
+    model, config = load_checkpoint(path, args.device, args.dtype)
 
     # Word frequencies, which train.py copied from the dataset
-    try:
-        unigram = data.load_unigram(path)
-    except DataError:
-        unigram = None
-    if unigram is not None and len(unigram) != model.config.vocab_size:
+    unigram = data.load_unigram(path)
+    if len(unigram) != model.config.vocab_size:
         raise ValueError(f"{path}: unigram.npy does not belong to this model's vocabulary")
 
     # What its objective showed it, with the flags of its training
     train = config.setdefault("train", {})
-    known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
-    known["block_size"] = model.config.block_size
-    known["vocab_size"] = model.config.vocab_size
-    options = Options(**known)
+    options = options_of_run(train, model.config)
     objective = OBJECTIVES.get(train.get("objective"))
     most_masks = objective.most_masks(options) if objective else None
     ahead = objective.ahead(options) if objective else 1
-    encoding = tokenizer.load_tokenizer(path)
+    encoding = tokenizer.load_tokenizer(path, model.config.vocab_size)
     return LoadedCheckpoint(path, model, config, encoding, unigram, most_masks, ahead)
 
 
@@ -696,10 +691,10 @@ def check_flags(args):
         raise ValueError("samples, batch_size, prompt_lengths and context must be at least 1")
     if args.max_windows is not None and args.max_windows < 0:
         raise ValueError("max_windows must be at least 0")
-    if args.context and not METHODS[args.method].by_prompt:
-        raise ValueError(f"--context does not apply to --method {args.method}")
-    if args.plot and not METHODS[args.method].by_prompt:
-        raise ValueError("--plot needs --method left-to-right")
+    for name, given in [("prompt_lengths", args.prompt_lengths), ("context", args.context),
+                        ("suffix", args.suffix != "full"), ("plot", args.plot)]:
+        if given and not METHODS[args.method].by_prompt:
+            raise ValueError(f"--{name} needs --method left-to-right")
     check_different(args.checkpoint, args.results)
     check_plot(args.plot)
 
@@ -737,10 +732,8 @@ def evaluate_checkpoint(checkpoint, text, windows, args, command):
     if checkpoint.ahead > 1:
         notes.append(f"trained on targets up to {checkpoint.ahead} tokens ahead, "
                      "scored as if they were the next token")
-    if checkpoint.unigram is None:
-        notes.append("no unigram.npy in the folder, so no word frequencies to compare with")
     ending = f"-{suffix}" if suffix in ("one", "matched") else ""
-    if args.max_windows:                                            # a quick look replaces no full result
+    if args.max_windows:                                            # some windows replace no full result
         ending += f"-{args.max_windows}-windows"
     name = f"eval_ppl_{text.name}_{args.method}{ending}.json"
     path = result_path(checkpoint.path, name, args.results)

@@ -77,7 +77,6 @@ def finetune(model, train, tests, n_classes, eot, kind, lr, seed, args):
     Returns the predictions on each test set, (m,) each. The model itself is left as it is, so every
     run begins at the checkpoint.
     """
-    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device
     model = copy.deepcopy(model).train()
@@ -85,10 +84,12 @@ def finetune(model, train, tests, n_classes, eot, kind, lr, seed, args):
     # The head starts at 0, or at the mean score
     head = torch.nn.Linear(model.config.n_embd, n_classes or 1).to(device)
     torch.nn.init.zeros_(head.weight)
-    target = torch.from_numpy(train.y).to(device)                               # (n,)
+    torch.nn.init.zeros_(head.bias)
+    target = torch.from_numpy(train.y)                                          # (n,)
     if not n_classes:
         torch.nn.init.constant_(head.bias, float(train.y.mean()))
-        target = target.float()
+        target = target.float()                                                 # mps has no float64
+    target = target.to(device)
 
     # Batches, epoch after epoch
     n = len(train.y)

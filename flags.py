@@ -145,7 +145,7 @@ def saved_flags(parser, argv, out_dir):
     Raises ValueError for a flag that cannot change.
     """
     saved = read_config(out_dir).get("train")
-    if saved is None:
+    if not saved or "dataset" not in saved:
         raise ValueError(f"{out_dir} cannot be resumed: its config.json holds no flags of train.py")
     known = {action.dest for action in parser._actions}
     saved["data_dir"] = data.folder_of(saved)
@@ -173,12 +173,17 @@ def complete(args):
     args.data_dir = os.path.abspath(args.data_dir)
     args.device_flag = args.device
     args.device = pick_device(args.device)
+    fill_preset(args, args.device)
+    check_args(args)
+
+
+def fill_preset(args, device):
+    """Settle the preset and what it sets, in place. "auto" goes by the device."""
     if args.preset == "auto":
-        args.preset = "small" if args.device.startswith("cuda") else "tiny"
+        args.preset = "small" if device.startswith("cuda") else "tiny"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_args(args)
 
 
 def check_args(args):
@@ -193,6 +198,8 @@ def check_args(args):
                  "train_tokens"]:
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{name} must be a number of at least 0, not {getattr(args, name)}")
+    if args.seed >= 2**63:
+        raise ValueError(f"seed must be less than 2**63, not {args.seed}")
     for name in ["decay_fraction", "min_lr_fraction"]:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], not {getattr(args, name)}")

@@ -112,19 +112,37 @@ METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pear
 
 
 def bootstrap(metric, predicted, true, groups, samples=500):
-    """Standard error of metric(predicted, true): its standard deviation over resamples of the groups.
+    """Standard error of metric(predicted, true): its standard deviation over resamples of the groups."""
+    return float(resample_metric(metric, predicted, true, groups, samples)[1:].std(ddof=1))
+
+
+def resample_metric(metric, predicted, true, groups, samples=500):
+    """metric(predicted, true), then the same on resamples of the groups, (1 + samples,) float64.
 
     groups: (n,) numbers; examples of one group are not independent and stay together.
     """
-    rng = np.random.default_rng(0)
-    names, group = np.unique(groups, return_inverse=True)
-    values = []
-    for _ in range(samples):
-        drawn = rng.integers(len(names), size=len(names))
-        times = np.bincount(drawn, minlength=len(names))            # how often each group is drawn
+    _, group = np.unique(groups, return_inverse=True)
+
+    def value(times):
         index = np.repeat(np.arange(len(true)), times[group])
-        values.append(metric(predicted[index], true[index]))
-    return float(np.std(values, ddof=1))
+        return metric(predicted[index], true[index])
+
+    return resample(value, group.max() + 1, samples)
+
+
+def resample(statistic, n, samples=500):
+    """A statistic of n independent test units and its resamples, (1 + samples,) float64.
+
+    statistic(times) -> float, where times (n,) says how often each unit (document, example) counts: first 1
+    for all of them, then as often as it is drawn when n units are drawn with replacement. The draws depend on
+    n alone. So all runs see the same ones, and a difference of two results is paired.
+    """
+    rng = np.random.default_rng(0)
+    values = [statistic(np.ones(n, dtype=np.int64))]
+    for _ in range(samples):
+        drawn = rng.integers(n, size=n)
+        values.append(statistic(np.bincount(drawn, minlength=n)))
+    return np.array(values)
 
 # -----------------------------------------------------------------------------
 # GLUE

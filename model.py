@@ -169,7 +169,7 @@ class Transformer(nn.Module):
     def init_weights(self):
         """How each matrix starts.
 
-        wte                        normal, std 0.02 (also the output matrix: logits start near 0)
+        wte                           normal, std 0.02 (also the output matrix: logits start near 0)
         attn.c_attn, mlp.c_fc         normal, std 1/sqrt(C): keeps the scale of their normalised input
         attn.c_proj, mlp.c_proj       zero: every block starts as the identity
         """

@@ -18,7 +18,7 @@ function and enter it in OBJECTIVES: training, sampling, evaluation and the test
     python train.py --objective vlm --mask_range 0.15 1.0
     python -m pytest tests/test_objectives.py       # every objective against brute force
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Callable, NamedTuple
 
@@ -27,7 +27,7 @@ import numpy as np
 
 @dataclass
 class Options:
-    """What an objective may depend on. Each has a flag of the same name in flags.py: a new one needs it too."""
+    """What an objective may depend on. Each but vocab_size has a flag of the same name in flags.py."""
     objective: str = "vlm"
     block_size: int = 128               # T, tokens the model sees
     vocab_size: int = 2048              # ids that stand for text; the mask token is the next one
@@ -95,8 +95,8 @@ def dar(x, draw, options):
 def score_every_position(inputs, targets):
     """inputs (B, T), targets (B, T, K) -> a Batch in which all N = B*T positions have weight 1."""
     require(targets.shape[:2] == inputs.shape,
-            f"inputs {inputs.shape} and targets {targets.shape} have not the same positions: inputs are the "
-            "first T tokens, and a window reaches as far beyond them as `ahead` says in OBJECTIVES")
+            f"inputs {inputs.shape} and targets {targets.shape} do not have the same positions: inputs are "
+            "the first T tokens, and a window reaches as far beyond them as `ahead` says in OBJECTIVES")
     n = inputs.size
     return Batch(inputs, np.arange(n), targets.reshape(n, -1), np.ones(n, dtype=np.float32))
 
@@ -202,6 +202,12 @@ OBJECTIVES = {
 }
 
 
+def options_of_run(train, config):
+    """The Options of a run. train: the flags of its training, from config.json. config: of its model."""
+    known = {field.name: train[field.name] for field in fields(Options) if field.name in train}
+    return Options(**{**known, "block_size": config.block_size, "vocab_size": config.vocab_size})
+
+
 def window_size(options):
     """Tokens per sequence: T inputs, and those beyond them that may be targets.
 
@@ -249,7 +255,7 @@ def spread(offset, indices, levels):
     """(B,) int64 in 0 .. levels-1: floor(levels * ((u + i*phi) mod 1)) for each index i.
 
     A lattice: u is uniform, so each number is, and the golden ratio phi spreads any run of consecutive
-    indices evenly over the levels. Exact 64-bit arithmetic, in which 2**64 stands for 1.
+    indices evenly over the levels. 64-bit integers, in which 2**64 stands for 1; the upper 32 bits decide.
 
     offset: u, one for the whole step. indices: (B,), i, positions in the global batch.
     """
@@ -366,20 +372,21 @@ def check_batch(batch, options):
                 "times: a masked token has one slot")
 
 
-def check_objective(options, steps=3, B=4, same_shapes=True):
+def check_objective(options, same_shapes=True):
     """Raises WrongBatch, one line, if the objective itself is wrong.
 
     It is tried on windows in which no token occurs twice, so that a token tells its place. Then a target
     that the model sees is a leak. BERT's corruption shows some on purpose, so it is switched off here.
     same_shapes: the number of scored positions must not change from step to step.
     """
+    B = 4
     width = window_size(options)
     vocab_size = max(options.vocab_size, B * width)
     options = replace(options, vocab_size=vocab_size, corruption="mask")
     name = options.objective
     slots = []
 
-    for step in range(steps):
+    for step in range(3):
         tokens = np.random.default_rng(step).permutation(vocab_size)
         x = tokens[:B * width].reshape(B, width)
         given = x.copy()
@@ -395,7 +402,7 @@ def check_objective(options, steps=3, B=4, same_shapes=True):
         require(slots[0] == slots[-1] or not same_shapes,
                 f"the number of scored positions, N, changes from {slots[0]} to {slots[-1]}: "
                 "fill it up with slots of weight 0, so that it is the same at every step "
-                "(training with --compile off does without)")
+                "(not needed with --compile off)")
 
 
 def try_batch(x, draw, options):
@@ -409,8 +416,8 @@ def try_batch(x, draw, options):
 def window_words(options):
     """How long a window is, for a message."""
     ahead = OBJECTIVES[options.objective].ahead(options)
-    return (f"A window has {options.block_size} + {ahead} tokens: no target can lie farther ahead than {ahead}, "
-            "which `ahead` in OBJECTIVES says")
+    return (f"A window has {options.block_size} + {ahead} tokens: no target can lie farther ahead than "
+            f"{ahead}, which `ahead` in OBJECTIVES says")
 
 
 def check_leak(batch, options):

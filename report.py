@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from common import DataError, Parser, check_plot, one_line_errors, save_figure
-from glue_data import METRICS
+from eval_glue import LABELS, title
+from glue_data import METRICS, resample, resample_metric
 
 RULE = """\
 A difference is shown if it has the same sign in every seed and
@@ -141,21 +142,6 @@ def test_of(run, name):
 # -----------------------------------------------------------------------------
 # Resampling the test documents or examples
 
-def resample(statistic, n):
-    """A statistic of n independent test units and its resamples, (1 + RESAMPLES,) float64.
-
-    statistic(times) -> float, where times (n,) says how often each unit (document, example) counts: first 1
-    for all of them, then as often as it is drawn when n units are drawn with replacement. The draws depend on
-    n alone. So all runs see the same ones, and a difference of two results is paired.
-    """
-    rng = np.random.default_rng(0)
-    values = [statistic(np.ones(n, dtype=np.int64))]
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(n, size=n)
-        values.append(statistic(np.bincount(drawn, minlength=n)))
-    return np.array(values)
-
-
 def resample_perplexity(measured):
     """Mean nats per token, (1 + RESAMPLES,): the documents are resampled."""
     nats = np.array(measured["nats"])               # (documents,), sums over the scored tokens
@@ -164,23 +150,17 @@ def resample_perplexity(measured):
     def mean_nats(times):
         return times @ nats / max(1, times @ tokens)
 
-    return resample(mean_nats, len(nats))
+    return resample(mean_nats, len(nats), RESAMPLES)
 
 
 def resample_probe(measured, test):
     """A probe's metric in points, (1 + RESAMPLES,): the groups of test examples are resampled."""
     predicted = decode(measured["predictions"])     # (examples,)
     true = decode(test["labels"])                   # (examples,)
-    metric = METRICS[measured["metric"]]
-    group = np.arange(len(true))
+    groups = np.arange(len(true))
     if test["groups"] is not None:
-        group = np.unique(test["groups"], return_inverse=True)[1]
-
-    def points(times):
-        index = np.repeat(np.arange(len(true)), times[group])
-        return 100 * metric(predicted[index], true[index])
-
-    return resample(points, group.max() + 1)
+        groups = test["groups"]
+    return 100 * resample_metric(METRICS[measured["metric"]], predicted, true, groups, RESAMPLES)
 
 
 def decode(values):
@@ -212,7 +192,6 @@ UNIGRAM = "perplexity, word frequencies alone"
 OWN_LOSS = "validation loss, own objective"
 SPECTRUM = "spectrum: "
 RATIOS = ("perplexity", SPECTRUM)       # measurements that are compared by their ratio begin so
-BASELINES = {"embeddings": "its input embeddings", "untrained": "before training"}
 
 
 def perplexities(result, tests):
@@ -241,7 +220,8 @@ def probes(result, tests):
         test = remember(tests, row["task"], {"labels": contents["labels"], "groups": contents["groups"]})
         source = "embeddings" if row.get("embeddings") else "untrained"
         name = probe_name(row)
-        baseline = f"{name}: {BASELINES[source]}"
+        label = LABELS[row["protocol"]][source]
+        baseline = f"{name}: {label}"
 
         # The three lines of the table
         common = {"test": test, "metric": row["metric"]}
@@ -250,7 +230,7 @@ def probes(result, tests):
         out[name] = {"value": points, **common, "predictions": row["model"]["predictions"]}
         out[baseline] = {"value": points_below, **common, "baseline": True,
                          "predictions": row[source]["predictions"]}
-        out[f"{name}: gain over {BASELINES[source]}"] = {
+        out[f"{name}: gain over {label}"] = {
             "value": points - points_below, "test": test, "of": name, "minus": baseline}
     return out
 
@@ -284,16 +264,15 @@ def read_curve(path):
 
 def own_loss(curve):
     """The last validation loss of a run as a measurement. Compare it along one objective only."""
-    return {OWN_LOSS: {"value": curve[-1][1]}} if curve else {}
+    if not curve:
+        return {}
+    _, loss = curve[-1]
+    return {OWN_LOSS: {"value": loss}}
 
 
 def probe_name(row):
     """Whatever makes two rows of one task differ: "RTE, accuracy, mean, layer 2, 500 examples"."""
-    parts = [row["task"], row["metric"], row["pool"]]
-    if row["layer"] is not None:
-        parts.append(f"layer {row['layer']}")
-    if row["directions"] is not None:
-        parts.append(f"{row['directions']} directions")
+    parts = title(row)
     if row["max_train"]:
         parts.append(f"{row['max_train']} examples")
     if row["protocol"] == "finetune":
@@ -378,9 +357,14 @@ def difference_table(differences):
         greatest = max(found["by_seed"])
 
         # Logarithms become a ratio, points stay points
-        sign, unit, digits, scale = "-", "points", 1, 1.0
+        sign = "-"
+        unit = "points"
+        digits = 1
+        scale = 1.0
         if found["measurement"].startswith(RATIOS):
-            sign, unit, digits = "/", "ratio", 3
+            sign = "/"
+            unit = "ratio"
+            digits = 3
             mean, least, greatest = np.exp([mean, least, greatest])
             scale = mean                            # of an error: d exp(x) = exp(x) dx
 
@@ -596,7 +580,7 @@ def plot_gains(runs, tests, axes):
     names = {}
     for run in all_runs(runs):
         for name, measured in run["measurements"].items():
-            if "minus" in measured:
+            if "minus" in measured and "fine-tuned" not in name:
                 short = name.split(": gain")[0].replace(", accuracy", "").replace("stdlib-", "")
                 names[name] = short.replace(", ", "\n")
     whole = {name: short for name, short in names.items() if "directions" not in name}

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from common import (DATASET_DIGESTS, DataError, check_dataset, dataset_digests, hold, output_may_close,
+from common import (DataError, check_dataset, dataset_digests, hold, lock, output_may_close,
                     read_checkpoint, read_config, save_checkpoint, save_config, source_digests,
                     write_atomically)
 
@@ -95,10 +95,10 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
+def all_reduce(tensor):
     """Sum over the processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor)
     return tensor
 
 # -----------------------------------------------------------------------------
@@ -188,17 +188,8 @@ def load_data(args):
     if args.train_tokens:
         shards["train"] = together(lambda: data.few(shards["train"], args.train_tokens))
     if args.resume:
-        in_first_process(lambda: check_dataset_of_run(args, folder))
+        in_first_process(lambda: check_dataset(folder, args.out_dir))
     return meta, shards
-
-
-def check_dataset_of_run(args, folder):
-    """Raises DataError if a dataset is not, byte for byte, the one that the run in out_dir began with."""
-    before = read_config(args.out_dir).get("dataset")
-    if before is None or set(before) != set(DATASET_DIGESTS):
-        raise DataError(f"{args.out_dir} does not say which dataset it was trained on "
-                        "(an older version wrote it): train it again with --overwrite")
-    check_dataset(folder, args.out_dir, before)
 
 # -----------------------------------------------------------------------------
 # The run's folder
@@ -218,8 +209,8 @@ def flags_in_force(args):
 def check_space(out_dir, model):
     """Raises DataError if the disk has too little space: otherwise only the first save would show it.
 
-    A checkpoint holds the weights and AdamW's two moments of each, which is more than Muon has. The last one is
-    kept until the next one is complete.
+    A checkpoint holds the weights and AdamW's two moments of each, which is more than Muon has. The last one
+    is kept until the next one is complete.
     """
     checkpoint = 3 * sum(p.numel() * p.element_size() for p in model.parameters())      # bytes
     exists = os.path.exists(os.path.join(out_dir, "ckpt.pt"))
@@ -235,18 +226,20 @@ def write_folder(args, config, dataset):
 
     A run that replaces an older one begins in out_dir/.new, see `replace_older`.
     """
+    # Where: an older run stays until the new one has saved
     new = os.path.join(args.out_dir, ".new")
     shutil.rmtree(new, ignore_errors=True)                  # of a run that was killed before it saved
     folder = args.out_dir
+    if not args.resume and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+        folder = new
+        os.mkdir(folder)
+
+    # What
     if not args.resume:
-        if os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-            folder = new
-            os.mkdir(folder)
-        else:
+        if folder != new:
             remove_run(args.out_dir)                        # a log without a checkpoint, for instance
-        shutil.copy(os.path.join(dataset, "tokenizer.json"), folder)
-        with contextlib.suppress(FileNotFoundError):                        # datasets of older versions
-            shutil.copy(os.path.join(dataset, "unigram.npy"), folder)
+        for name in ("tokenizer.json", "unigram.npy"):
+            shutil.copy(os.path.join(dataset, name), folder)
     save_config(folder, config, train=flags_in_force(args), torch=torch.__version__,
                 sources=sources_of_run(args), dataset=dataset_digests(dataset))
 
@@ -266,9 +259,9 @@ def save(out_dir, model, optimizers, step, tokens):
 def replace_older(out_dir):
     """If the run in out_dir/.new has a checkpoint, put it in the place of the older run in out_dir.
 
-    Until then the older run is whole. Its config.json goes first and the new ckpt.pt comes last, so files of
-    two runs never make a checkpoint together. A process that is killed in between leaves .new/ckpt.pt, and
-    the next one does the rest.
+    Until then the older run is whole. Of its checkpoint, config.json goes first, and the new ckpt.pt comes
+    last, so files of two runs never make a checkpoint together. A process that is killed in between leaves
+    .new/ckpt.pt, and the next one does the rest.
     """
     new = os.path.join(out_dir, ".new")
     if not os.path.exists(os.path.join(new, "ckpt.pt")):
@@ -283,9 +276,14 @@ def replace_older(out_dir):
 
 def finish_replacing(out_dir):
     """What a process that was killed in `replace_older` left to do. Raises DataError if it is still alive."""
-    if os.path.exists(os.path.join(out_dir, ".new", "ckpt.pt")):
-        with hold(out_dir):
-            replace_older(out_dir)
+    if not os.path.exists(os.path.join(out_dir, ".new", "ckpt.pt")):
+        return
+    if "RANK" in os.environ:                                # all processes come here: one does it
+        holding = lock(os.path.join(out_dir, ".lock"))
+    else:
+        holding = hold(out_dir)
+    with holding:
+        replace_older(out_dir)
 
 
 def remove_run(out_dir):
@@ -332,7 +330,8 @@ def cut_log(path, step):
     """Keep the lines of a log up to a step. A killed run may have logged more, or half a line."""
     if not os.path.exists(path):
         return
-    good, damaged = [], 0
+    good = []
+    damaged = 0
     with open(path, "rb") as file:
         for line in file:
             try:

@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from common import Parser, add_device_flags, load_checkpoint, one_line_errors, pick_device, pick_dtype
+from common import Parser, add_device_flags, load_checkpoint, one_line_errors, pick_device
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def example_lines(encoding, ids, block_size, n=3):
     ids = [token for token in ids[:50_000].tolist() if token != encoding.eot_token]
     text = encoding.decode(ids)
     lines = [line.strip() for line in text.splitlines()]
-    for i in range(len(lines) - n):
+    for i in range(len(lines) - n + 1):
         chosen = lines[i:i + n]
         short = len(encoding.encode_ordinary("\n".join(chosen))) <= block_size
         if short and all(24 <= len(line) <= 72 and " " in line for line in chosen):
@@ -362,11 +362,8 @@ def run(args):
     if args.num_samples < 1 or not 0 <= args.seed < 2**63:
         raise ValueError("num_samples must be at least 1, and seed at least 0 and less than 2**63")
     device = pick_device(args.device)
-    model, _ = load_checkpoint(args.checkpoint, device)
-    model.dtype = pick_dtype(args.dtype, device)
-    encoding = load_tokenizer(args.checkpoint)
-    if encoding.n_vocab != model.config.vocab_size:
-        raise ValueError(f"{args.checkpoint}: tokenizer.json is not the one of this model's training")
+    model, _ = load_checkpoint(args.checkpoint, device, args.dtype)
+    encoding = load_tokenizer(args.checkpoint, model.config.vocab_size)
     check(model, args.temperature, args.top_k, args.order, args.steps)
     how = {"temperature": args.temperature, "top_k": args.top_k,
            "generator": torch.Generator().manual_seed(args.seed)}

@@ -14,8 +14,8 @@ are those of the model's own joint distribution. Two things to know when reading
   everywhere, and chi2 is 0. So compare models along their training (several checkpoints of a run) or
   at equal loss on the contexts, which is printed beside.
 - chi2 of n contexts is too small on average (one context: 0), for large n by a constant over n. So it
-  is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). That is still too small
-  while the differences from n/4 to n/2 to n do not halve.
+  is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). If chi2 still grows as much
+  from n/2 to n as from n/4 to n/2, that is too small as well.
 
     python spectrum.py --checkpoint out/ar out/dar out/mlm out/vlm
     python spectrum.py --checkpoint out/ar out/vlm --contexts 32768 --plot spectrum.png
@@ -27,7 +27,6 @@ import math
 import os
 import shlex
 import sys
-from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -37,26 +36,21 @@ from tqdm import tqdm
 import cooccurrence
 import data
 from common import (DataError, Parser, add_device_flags, align, check_dataset, check_different, check_plot,
-                    load_checkpoint, one_line_errors, pick_device, pick_dtype, result_path, save_figure,
+                    load_checkpoint, one_line_errors, pick_device, result_path, save_figure,
                     write_result)
-from objectives import OBJECTIVES, Draw, Options, window_size
+from model import Config
+from objectives import OBJECTIVES, Draw, options_of_run, window_size
 
 # -----------------------------------------------------------------------------
 # From predictions to singular values
 
-def normalize(P, weights):
-    """N[c, y] = sqrt(w_c) P(y|c) / sqrt(p(y)), p = sum of w_c P(.|c).
+def singular_values(P, weights):
+    """s (V,), falling, of N. They are exact if P holds every context once.
 
     P (n, V) float64: each row a distribution. weights (n,): of the contexts, in any unit (1/n each, to
     get the definition above).
     """
-    p = weights @ P                                                         # (V,)
-    return np.sqrt(weights)[:, None] * P * cooccurrence.inverse_sqrt(p)
-
-
-def singular_values(P, weights):
-    """s (V,), falling, of `normalize(P, weights)`. They are exact if P holds every context once."""
-    N = normalize(P, weights)
+    N = cooccurrence.normalize(weights[:, None] * P)
     n, V = N.shape
     gram = N @ N.T if n < V else N.T @ N
     squares = np.linalg.eigvalsh(gram)[::-1]
@@ -67,7 +61,7 @@ def chi2(P, weights, parts=1):
     """Sum of s_i^2 beyond s_1, mean over equal parts of the contexts: 2 is what n/2 contexts give."""
     values = []
     for rows in np.array_split(np.arange(len(P)), parts):
-        N = normalize(P[rows], weights[rows])
+        N = cooccurrence.normalize(weights[rows, None] * P[rows])
         values.append((N ** 2).sum() - 1)
     return np.mean(values)
 
@@ -107,10 +101,12 @@ def sample_contexts(shards, options, indices, seed):
     B, T = batch.inputs.shape
 
     # The weight of each position, and its row in the batch
-    weight, row = np.zeros(B * T), np.zeros(B * T, dtype=np.int64)
+    weight = np.zeros(B * T)
     weight[batch.positions] = batch.weights
+    weight = weight.reshape(B, T)
+    row = np.zeros(B * T, dtype=np.int64)
     row[batch.positions] = np.arange(len(batch.positions))
-    weight, row = weight.reshape(B, T), row.reshape(B, T)
+    row = row.reshape(B, T)
 
     # Draw one position of each sequence
     total = weight.sum(axis=1)                                                      # (B,)
@@ -140,7 +136,10 @@ def mean_features(model, text):
 
 def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
     """The spectrum of a model on n contexts, as a dict of JSON values. Losses in nats."""
-    P, weights, losses, pooled = [], [], [], []
+    P = []
+    weights = []
+    losses = []
+    pooled = []
     for first in tqdm(range(0, n, batch_size), desc="contexts", leave=False, disable=None):
         indices = range(first, min(n, first + batch_size))
         contexts = sample_contexts(shards, options, indices, seed)
@@ -152,7 +151,9 @@ def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
             pooled.append(mean_features(model, contexts.text))
 
     # The model's joint distribution of context and target
-    P, weights, losses = np.concatenate(P), np.concatenate(weights), np.concatenate(losses)
+    P = np.concatenate(P)
+    weights = np.concatenate(weights)
+    losses = np.concatenate(losses)
     s = singular_values(P, weights)
     hitting = cooccurrence.describe(s)["hitting"]
     whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
@@ -176,17 +177,12 @@ def held_out_text(checkpoint, config, data_dir=None):
     if "dataset" not in train or train.get("objective") not in OBJECTIVES:
         raise DataError(f"{checkpoint}: its config.json names no dataset, or no objective that exists")
     data_dir = data.folder_of(train, data_dir)
-    meta, splits = data.load(train["dataset"], data_dir)
+    _, splits = data.load(train["dataset"], data_dir)
 
     # The same name may stand for other text or other tokens
     folder = os.path.join(data_dir, train["dataset"])
-    check_dataset(folder, checkpoint, config.get("dataset", {}))            # older versions did not write it
-    if meta["vocab_size"] != config["model"]["vocab_size"]:
-        raise DataError(f"{folder} is not the dataset that {checkpoint} was trained on: "
-                        "its vocabulary has another size")
-
-    given = {field.name: train[field.name] for field in fields(Options) if field.name in train}
-    return splits["val"], Options(**{**given, "vocab_size": meta["vocab_size"]})
+    check_dataset(folder, checkpoint)
+    return splits["val"], options_of_run(train, Config(**config["model"]))
 
 
 def table(results):
@@ -216,9 +212,9 @@ def table(results):
 
 def figure(path, results):
     """The theory's spectra on the left, the models' on the right."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(10, 4), layout="constrained")
+    left, right = fig.subplots(1, 2)
 
     P = cooccurrence.texts()
     theory = {name: cooccurrence.singular_values(cooccurrence.cooccurrence(P, pairs))
@@ -247,36 +243,47 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(argv)
-    with one_line_errors():
-        if args.contexts < 4:
-            raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
-        if args.seed < 0:
-            raise ValueError(f"--seed must be at least 0, not {args.seed}")
-        check_different(args.checkpoint, args.results)
-        check_plot(args.plot)
-        device = pick_device(args.device)
+def check_flags(args):
+    """Raises ValueError, one line, for flags that make no sense."""
+    if args.contexts < 4:
+        raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    check_different(args.checkpoint, args.results)
+    check_plot(args.plot)
 
-        results = {}
-        all_saved = True
-        for checkpoint in args.checkpoint:
-            model, config = load_checkpoint(checkpoint, device)
-            model.dtype = pick_dtype(args.dtype, device)
-            shards, options = held_out_text(checkpoint, config, args.data_dir)
-            result = {"checkpoint": checkpoint, "step": config["step"], "weights": config["weights"],
-                      "objective": options.objective,
-                      "command": shlex.join(["python", "spectrum.py", *argv]), "seed": args.seed,
-                      **measure(model, shards, options, args.contexts, args.seed, args.features)}
-            results[checkpoint] = result
-            saved = write_result(result_path(checkpoint, "spectrum.json", args.results), result)
-            all_saved = all_saved and saved
-        print(table(results))
-        if args.plot:
-            figure(args.plot, results)
-        if not all_saved:
-            sys.exit(2)
+
+def run(args, command):
+    """Measure the checkpoints one after the other, write their JSON files, print the table."""
+    check_flags(args)
+    device = pick_device(args.device)
+
+    # Measure and write
+    results = {}
+    all_saved = True
+    for checkpoint in args.checkpoint:
+        model, config = load_checkpoint(checkpoint, device, args.dtype)
+        shards, options = held_out_text(checkpoint, config, args.data_dir)
+        result = {"checkpoint": checkpoint, "step": config["step"], "weights": config["weights"],
+                  "objective": options.objective, "command": command, "seed": args.seed,
+                  **measure(model, shards, options, args.contexts, args.seed, args.features)}
+        results[checkpoint] = result
+        saved = write_result(result_path(checkpoint, "spectrum.json", args.results), result)
+        all_saved = all_saved and saved
+
+    # Show
+    print(table(results))
+    if args.plot:
+        figure(args.plot, results)
+    if not all_saved:
+        sys.exit(2)
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        run(args, shlex.join(["python", "spectrum.py", *words]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 
 import data
 import tokenizer
-from common import DataError, check_dataset, download_into, fetch, file_sha256, read_config, unzip
+from common import DataError, check_dataset, download_into, fetch, file_sha256, unzip
 from documents import read_text
 
 
@@ -49,17 +49,10 @@ def from_file(path, encoding, name=None):
 def validation_split(folder, checkpoint, encoding):
     """The Text of the validation split of the dataset in `folder`. End-of-text parts its documents.
 
-    Raises ValueError, one line, if it is not the dataset that the checkpoint, a folder, was trained on.
+    Raises DataError if it is not the dataset that the checkpoint, a folder, was trained on.
     """
     _, splits = data.load(folder.name, str(folder.parent))
-    of_dataset = Path(folder, "tokenizer.json").read_text(encoding="utf-8")
-    if of_dataset != Path(checkpoint, "tokenizer.json").read_text(encoding="utf-8"):
-        raise ValueError(f"the tokenizer of {folder} is not that of {checkpoint}: the dataset was "
-                         "prepared again after training")
-
-    # The same tokenizer is not enough: other documents may be val now, some that the model was trained on
-    digests = read_config(checkpoint).get("dataset", {})                # older versions did not write it
-    check_dataset(folder, checkpoint, digests)
+    check_dataset(folder, checkpoint)               # else val may hold what the model was trained on
     starts = [np.flatnonzero(ids == encoding.eot_token) + 1 for ids in splits["val"]]
     return Text("val", file_sha256(folder / "meta.json"), splits["val"], starts)
 
@@ -90,7 +83,7 @@ TITLE = re.compile(r"(?:\A|^ ?\n)( = [^=\n]+ = )\n ?\n", re.MULTILINE)
 
 
 def article_starts(text, ids, encoding):
-    """Places in ids where an article of WikiText begins, see TITLE. None in other texts."""
+    """Places in ids where an article of WikiText begins, see TITLE. Other texts have none: an empty array."""
     # Bytes before each article
     titles = [match.start(1) for match in TITLE.finditer(text)]
     parts = [text[start:end] for start, end in zip([0, *titles], titles)]
@@ -107,7 +100,7 @@ def cut_windows(text, T, limit, eot):
     """Windows of T tokens, each after the one token before it (`eot` at the start of a stream).
 
     They do not overlap or cross from one stream into the next. A stream's last tokens, fewer than T, are
-    not used. If there are more than `limit` windows (0: no limit), so many are taken, evenly spread. Raises
+    not used. If there are more than `limit` windows (0: no limit), that many are taken, evenly spread. Raises
     ValueError if there are none.
     """
     # Where they begin: (stream number, place)

@@ -166,9 +166,9 @@ def build_encoding(spec):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:                          # whatever requests raises
-            raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}). It is downloaded once. "
-                            "Without a network, --tokenizer bpe:4096 trains one here, or set TIKTOKEN_CACHE_DIR "
-                            "to a copy of tiktoken's cache") from None
+            raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}). It is downloaded "
+                            "once. Without a network, --tokenizer bpe:4096 trains one here, or set "
+                            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache") from None
 
     # The ids: the tokens in the order of their training, then end-of-text
     tokens = [token.encode("latin-1") for token in spec.get("tokens", map(chr, range(256)))]
@@ -181,18 +181,19 @@ def build_encoding(spec):
 
 
 def save_tokenizer(spec, folder):
-    """Write folder/tokenizer.json. spec: "gpt2", "bytes", or what `make_tokenizer` returns."""
-    if isinstance(spec, str):
-        spec = {"name": spec}
+    """Write folder/tokenizer.json. spec: what `make_tokenizer` returns."""
     write_json(os.path.join(folder, "tokenizer.json"), spec)
 
 
-def load_tokenizer(folder):
-    """The tiktoken.Encoding of a dataset's or a checkpoint's folder. Raises DataError."""
+def load_tokenizer(folder, vocab_size=None):
+    """The tiktoken.Encoding of a dataset's or a checkpoint's folder.
+
+    vocab_size: how many tokens it must have, if it is known. Raises DataError.
+    """
     path = os.path.join(folder, "tokenizer.json")
     try:
         with open(path, encoding="utf-8") as file:
-            return build_encoding(json.load(file))
+            encoding = build_encoding(json.load(file))
     except DataError:
         raise
     except Exception as error:                              # also whatever tiktoken raises for a damaged one
@@ -200,6 +201,10 @@ def load_tokenizer(folder):
         state = "missing" if missing else f"damaged ({type(error).__name__})"
         raise DataError(f"{path} is {state}. Copy it again: a dataset and the checkpoints trained on it "
                         "have the same one") from None
+    if vocab_size is not None and encoding.n_vocab != vocab_size:
+        raise DataError(f"{path} is not the one of this training: it has {encoding.n_vocab} tokens, "
+                        f"not {vocab_size}")
+    return encoding
 
 
 def token_bytes(encoding):

@@ -50,9 +50,9 @@ def get_batch(shards, options, seed, step, indices):
 
     shards: a list of (n,) ids. A pure function of its arguments.
     """
-    random = Draw(seed, step, indices)
-    x = data.windows(shards, objectives.window_size(options), random.per_sequence(1)[:, 0])  # (B, T + extra)
-    return OBJECTIVES[options.objective].batch(x, random, options)
+    draw = Draw(seed, step, indices)
+    x = data.windows(shards, objectives.window_size(options), draw.per_sequence(1)[:, 0])    # (B, T + extra)
+    return OBJECTIVES[options.objective].batch(x, draw, options)
 
 
 def to_device(batch, device):
@@ -113,8 +113,9 @@ def validation_batches(shards, options, args):
 def evaluate(model, shards, options, args):
     """The validation loss in nats per scored token: the sum of the losses over the sum of the weights.
 
-    A generator, so that a long validation can be stopped: it yields None after every batch, equally often in
-    all processes, and then the loss. Gradients stay on: without them the model would be compiled again.
+    A generator, so that a signal during a long validation is noticed and the run is saved at once: it yields
+    None after every batch, equally often in all processes, and then the loss. Gradients stay on: without them
+    the model would be compiled again.
     """
     _, world = rank_and_world()
     total = torch.zeros(2)
@@ -132,12 +133,8 @@ def evaluate(model, shards, options, args):
 def unigram_loss(dataset, shards, options, args):
     """The validation loss, in nats, of a model that only knows how often each token occurs in training.
 
-    dataset: its folder. If that holds no counts, says so and returns None.
+    dataset: its folder.
     """
-    if not os.path.exists(os.path.join(dataset, "unigram.npy")):
-        say(f"{dataset} has no unigram.npy, so no loss of word frequencies is shown beside the model's "
-            "(python data.py --overwrite prepares it again)")
-        return None
     log_p = data.load_unigram(dataset)                                      # (V,) float64, nats
     total = torch.zeros(2, dtype=torch.float64)
     for batch in validation_batches(shards, options, args):
@@ -196,8 +193,7 @@ def update(model, optimizers, batches, args, step):
         loss = loss + part.detach()
 
     # Clip the gradient
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
 
     # Step
     for optimizer in optimizers:
@@ -306,8 +302,7 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
         in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
         return step
 
-    bar = progress_bar(args.max_iters, done["step"])
-    with stop_vote() as vote, contextlib.closing(steps), bar as bar:
+    with stop_vote() as vote, contextlib.closing(steps), progress_bar(args.max_iters, done["step"]) as bar:
         for step, batches in steps:
             # Update
             pending.append(update(wrapped, optimizers, batches, args, step))
@@ -344,7 +339,6 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
                     if stop and saved < step:
                         saved = save_now()
                 line["val_loss"] = val_loss
-                line["word_frequencies"] = baseline
                 say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}"
                     f"{beside(baseline)}")
 
@@ -373,14 +367,17 @@ def finish(args, model, size, shards, val_loss, baseline):
     next_token = objective.causal and not masked and objective.ahead(options) == 1
 
     # The loss. Only the next token's is the length of a code, so only there are bits per byte meaningful
-    kind = "next" if next_token else "masked" if masked else "target"
+    kind = "target"
     code = ""
+    if masked:
+        kind = "masked"
     if next_token:
+        kind = "next"
         bits = val_loss / math.log(2) * size["tokens"] / size["bytes"]
         code = f", {bits:.3f} bits per byte"
     say(f"validation loss {val_loss:.4f} nats per {kind} token{code}{beside(baseline)}; "
         f"checkpoint in {args.out_dir}")
-    if baseline is not None and val_loss > (1 - CONTEXT_GAIN) * baseline:
+    if val_loss > (1 - CONTEXT_GAIN) * baseline:
         say("This is the level of word frequencies: the model has learned no context yet. "
             "Masked models stay there for a while; more --max_iters help")
 
@@ -391,7 +388,7 @@ def finish(args, model, size, shards, val_loss, baseline):
 
 def beside(baseline):
     """The loss of word frequencies, to stand behind a validation loss."""
-    return "" if baseline is None else f" (word frequencies alone: {baseline:.4f})"
+    return f" (word frequencies alone: {baseline:.4f})"
 
 
 def main(argv=None):

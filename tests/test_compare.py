@@ -4,6 +4,7 @@ scripts that are played here, and small runs of the real ones.
 
     pytest tests/test_compare.py
 """
+import argparse
 import ast
 import json
 import math
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -254,9 +256,8 @@ class Scripts:
         if options.resume:
             options = json.loads((folder / "config.json").read_text())["train"]
         else:
+            flags.fill_preset(options, "cpu")
             options = vars(options)
-            for name, value in flags.PRESETS[options["preset"]].items():
-                options[name] = value if options[name] is None else options[name]
 
         # Config, weights that depend on the flags, log
         meta = Path(options["data_dir"], options["dataset"], "meta.json")
@@ -491,7 +492,12 @@ def test_other_flags_are_refused(scripts, capsys, words, said):
     (["--runs", "ar", "vlm", "ar"], "twice"),
     (["--runs", "ar", "--eval_glue", "--tasks nope"], "nope"),
     (["--runs", "ar", "--against", "dar"], "--against 'dar' is not one of the runs"),
-    (["--runs", "ar", "--jobs", "0"], "jobs")])
+    (["--runs", "ar", "--jobs", "0"], "jobs"),
+    (["--runs", "ar", "--eval_ppl", "--val --checkpoint out/x"], "eval_ppl.py: --checkpoint and --results are"),
+    (["--runs", "ar", "--eval_glue", "--results out/x"], "eval_glue.py: --checkpoint and --results are"),
+    (["--runs", "ar", "--eval_ppl", "--val --samples 0"], "samples"),
+    (["--runs", "ar", "--eval_glue", "--tasks stdlib --max_train 5"], "max_train"),
+    (["--runs", "ar", "--spectrum", "--contexts 3"], "--contexts")])
 def test_wrong_settings_are_refused_before_any_run(scripts, capsys, words, said):
     assert said in refused(capsys, *words)
     assert not scripts.commands
@@ -503,6 +509,22 @@ def test_evaluations_can_be_left_out(scripts):
     assert all("perplexity" in d["measurement"] for d in saved["differences"])
     run("--runs", "ar", "vlm", "--eval_ppl", "none")
     assert scripts_of(scripts.commands)[4:] == ["eval_glue.py"] * 2
+
+
+@pytest.mark.parametrize("flags, times", [("--val", 2), ("--val --method bound", 1),
+                                          ("--val --suffix matched", 1), ("--val --suffix one", 2)])
+def test_perplexity_is_measured_with_fewer_masks_where_that_is_another_number(scripts, flags, times):
+    """Once more for a model that saw fewer in training, unless the two would write one and the same file."""
+    args = compare.build_parser().parse_args(["--runs", "mlm", f"--eval_ppl={flags}", "--eval_glue", "none"])
+    [run] = compare.make_runs(compare.check(args), argparse.Namespace(seeds=[0], out_dir="out"))
+    commands = compare.evaluations(run, args)
+    assert len(commands) == times and [words[-1] for words in commands[1:]] == ["matched"] * (times - 1)
+
+
+def test_the_preset_may_be_auto(scripts):
+    saved = run("--runs", "ar", "--train", "--preset auto --device cpu --dataset toy")
+    assert json.loads(Path("out/compare/ar-0/config.json").read_text())["train"]["n_layer"] == 4
+    assert saved["runs"]["ar"]["0"]["step"] == 3
 
 
 def test_errors_can_be_redone_from_compare_json_which_is_small(scripts):
@@ -587,6 +609,22 @@ def test_a_command_that_fails_says_how_it_ended(monkeypatch, tmp_path):
             == "(ended by a signal: Killed, perhaps for lack of memory): half done"
         crash = message(kill.format("SIGSEGV"))
         assert crash.startswith("(ended by a signal: Segmentation fault") and "Fatal Python error" in crash
+
+
+def test_after_a_failure_nothing_else_is_begun(monkeypatch):
+    """The second run fails at once while the first is at work: the third is not begun."""
+    begun = []
+
+    def call(words, args):
+        begun.append(words[1])
+        time.sleep(0.3 if words[1] == "a" else 0)
+        if words[1] == "b":
+            raise ValueError("b fails")
+    monkeypatch.setattr(compare, "call", call)
+    plans = [(None, [compare.Command(["train.py", name], 1)]) for name in "abcdef"]
+    with pytest.raises(ValueError, match="b fails"):
+        compare.execute(plans, argparse.Namespace(jobs=2))
+    assert len(begun) <= 3, begun                           # one may be taken up before the failure is known
 
 
 def test_an_evaluation_that_cannot_save_its_result_is_not_finished(monkeypatch, tmp_path):
@@ -737,7 +775,8 @@ def test_a_small_run_of_all_scripts_resumes_and_notices_edits(toy, tmp_path):
 
 @pytest.mark.slow
 def test_two_settings_that_are_the_same_model_do_not_differ(toy, tmp_path):
-    done = toy("compare.py", "--runs", "ar", "dar --lookahead 1", "--seeds", "0", "1", "--jobs", "2", *TINY)
+    done = toy("compare.py", "--runs", "ar", "dar --lookahead 1", "--seeds", "0", "1", "--jobs", "2", *TINY,
+               "--eval_glue", "none")
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "out/compare/compare.json").read_text())
     assert len(saved["differences"]) > 4

@@ -25,7 +25,7 @@ import data
 import eval_ppl
 import texts
 import tokenizer
-from common import file_sha256, load_checkpoint, save_checkpoint, save_config
+from common import dataset_digests, load_checkpoint, save_checkpoint, save_config
 from documents import read_text
 from model import Config, Transformer
 from objectives import OBJECTIVES, Options
@@ -35,6 +35,7 @@ MASKED = {"objective": "mlm", "mask_ratio": 0.4, "mask_range": [0.15, 1.0]}
 TEXT = ("The quick brown fox  jumps\nover the lazy dog. Perplexit\u00e9s et \u4e2d\u6587 words, again and "
         "again.\n") * 8
 TEXT_NAME = "t-" + hashlib.sha256(TEXT.encode()).hexdigest()[:8]
+COUNTS = np.bincount(np.frombuffer(TEXT.encode(), np.uint8), minlength=257)      # of the bytes
 
 
 def tiny(causal, vocab_size=3, block_size=4):
@@ -294,7 +295,7 @@ def test_context_is_the_loop_over_the_last_tokens(causal, suffix):
 # Text, units
 
 def bytes_encoding(folder):
-    tokenizer.save_tokenizer("bytes", str(folder))
+    tokenizer.save_tokenizer({"name": "bytes"}, str(folder))
     return tokenizer.load_tokenizer(str(folder))
 
 
@@ -469,7 +470,8 @@ def checkpoint(folder, causal=False, objective="mlm", **train):
     save_config(folder, config, train={**MASKED, "objective": objective, "lookahead": 2, "dataset": "toy",
                                        **train})
     save_checkpoint(folder, Transformer(config), [], step=7)
-    tokenizer.save_tokenizer("bytes", folder)
+    tokenizer.save_tokenizer({"name": "bytes"}, folder)
+    np.save(f"{folder}/unigram.npy", COUNTS)
     return folder
 
 
@@ -533,7 +535,9 @@ def test_causal_models_are_refused_in_one_line(work, capsys, method):
     (["--text", "latin.txt"], "latin.txt:1: invalid UTF-8"),
     (["--text", "t.txt", "--context", "0"], "at least 1"),
     (["--text", "t.txt", "--context", "32"], "must fit into block_size 32"),
-    (["--text", "t.txt", "--method", "pseudo", "--context", "2"], "--context does not apply"),
+    (["--text", "t.txt", "--method", "pseudo", "--context", "2"], "--context needs --method left-to-right"),
+    (["--text", "t.txt", "--method", "pseudo", "--prompt_lengths", "3"], "--prompt_lengths needs --method"),
+    (["--text", "t.txt", "--method", "pseudo", "--suffix", "one"], "--suffix needs --method"),
     (["--text", "t.txt", "--max_windows", "-1"], "max_windows must be"),
     (["--text", "short.txt"], "less than one window of 32"),
     (["--text", "t.txt", "--prompt_lengths", "4", "32"], "must fit into block_size 32"),
@@ -565,6 +569,8 @@ def test_val_is_the_validation_split(work, capsys):
     data.prepare("toy", files=[f"{i}.txt" for i in range(40)], tokenizer="bytes", val_fraction=0.3,
                  data_dir="sets")
     checkpoint("out/vlm", objective="vlm", data_dir="sets")
+    config = json.loads(Path("out/vlm/config.json").read_text())
+    Path("out/vlm/config.json").write_text(json.dumps({**config, "dataset": dataset_digests("sets/toy")}))
     eval_ppl.main(["--checkpoint", "out/vlm", "--val", "--max_windows", "0"])
     with open("out/vlm/eval_ppl_val_left-to-right.json") as file:
         report = json.load(file)
@@ -585,17 +591,17 @@ def test_val_is_the_validation_split(work, capsys):
 
     # The same tokenizer, but training saw other documents
     capsys.readouterr()
-    config = json.loads(Path("out/vlm/config.json").read_text())
-    for digest, refused in [(file_sha256("sets/toy/meta.json"), False), ("0" * 64, True)]:
-        Path("out/vlm/config.json").write_text(json.dumps({**config, "dataset": {"meta": digest}}))
+    digests = dataset_digests("sets/toy")
+    for of_run, refused in [(digests, False), ({**digests, "meta": "0" * 64}, True), (None, True)]:
+        Path("out/vlm/config.json").write_text(json.dumps({**config, "dataset": of_run}))
         with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
             eval_ppl.main(["--checkpoint", "out/vlm", "--val", "--max_windows", "1"])
         assert ("toy is not the dataset that" in capsys.readouterr().err) == refused
 
-    tokenizer.save_tokenizer("gpt2", "sets/toy")
+    tokenizer.save_tokenizer({"name": "gpt2"}, "sets/toy")
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/vlm", "--val"])
-    assert "prepared again after training" in capsys.readouterr().err
+    assert "toy is not the dataset that" in capsys.readouterr().err
 
 
 def test_a_run_from_another_machine_finds_its_dataset_here(work):
@@ -663,11 +669,9 @@ def test_nothing_is_lost_when_a_later_checkpoint_fails(work, capsys, monkeypatch
 
 def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
     """The unigram model of the training tokens on the tokens that are scored, and what is not better."""
-    counts = np.bincount(np.frombuffer(TEXT.encode(), np.uint8), minlength=257)
-    np.save("out/mlm/unigram.npy", counts)
     eval_ppl.main(["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "0"])
     out = capsys.readouterr().out
-    log_p = np.log((counts + 1) / (counts + 1).sum())
+    log_p = np.log((COUNTS + 1) / (COUNTS + 1).sum())
     report = report_of(f"out/mlm/eval_ppl_{TEXT_NAME}_left-to-right.json")
     n = report["windows"]
     rows = np.frombuffer(TEXT.encode(), np.uint8)[:n * 32].reshape(n, 32)
@@ -676,14 +680,11 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
     assert report["unigram"]["nats_per_token"] == pytest.approx(want)
     assert report["unigram"]["perplexity"] == pytest.approx(math.exp(want))
     row = next(line for line in out.splitlines() if line.startswith("word frequencies alone"))
-    assert row.split()[3:] == [f"{math.exp(want):.2f}", "-"]
-    assert "out/mlm has learned no context yet" in out and "out/dar has learned" not in out
-    assert "no unigram.npy" in out.splitlines()[1] and "no unigram.npy" not in out.splitlines()[0]
-    assert report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")["unigram"] is None
+    assert row.split()[3] == f"{math.exp(want):.2f}"
+    assert "out/mlm has learned no context yet" in out
 
     # On the same text the two kinds of models are scored on other tokens, and a sentence says so
     assert "scored on the same tokens as the model: of masked models" in out
-    np.save("out/dar/unigram.npy", counts)
     command = ["--checkpoint", "out/mlm", "out/dar", "--text", "t.txt", "--max_windows", "0", "--samples"]
     values = {}
     for samples in ("8", "31"):
@@ -692,7 +693,7 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
                            for name in ("mlm", "dar")]
     assert values["8"][0] != values["8"][1] and values["31"][0] == values["31"][1] == values["8"][1]
 
-    np.save("out/mlm/unigram.npy", counts[:-1])
+    np.save("out/mlm/unigram.npy", COUNTS[:-1])
     with pytest.raises(SystemExit):
         eval_ppl.main(["--checkpoint", "out/mlm", "--text", "t.txt"])
     assert "does not belong to this model's vocabulary" in capsys.readouterr().err

@@ -5,6 +5,7 @@ What every script says when something is wrong or is stopped: one line, and the 
 """
 import importlib
 
+import numpy as np
 import pytest
 
 from common import save_checkpoint, save_config
@@ -52,6 +53,7 @@ def test_ctrl_c_in_a_comparison_says_how_to_resume(monkeypatch, capsys):
     ("--learning_rate nan", "learning_rate must be a number of at least 0, not nan\n"),
     ("--muon_lr inf", "muon_lr must be a number of at least 0, not inf\n"),
     ("--seed -1", "seed must be a number of at least 0, not -1\n"),
+    (f"--seed {2**64}", "seed must be less than 2**63"),
     ("--min_lr_fraction nan", "min_lr_fraction must be in [0, 1], not nan\n")])
 def test_a_wrong_flag_is_one_line(capsys, flags, message):
     """All flags are worth a look where a name is wrong, but not where a value is."""
@@ -77,9 +79,33 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys, script, flags, name,
     model = Transformer(Config(257, 16, 1, 2, 16))
     save_config(tmp_path, model.config, train={})
     save_checkpoint(tmp_path, model, [], 1)
-    save_tokenizer("bytes", tmp_path)
+    save_tokenizer({"name": "bytes"}, tmp_path)
+    np.save(tmp_path / "unigram.npy", np.ones(257, dtype=np.int64))
     path = tmp_path / name
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2] if content is None else content)
     code, error = stopped(capsys, script, "--checkpoint", tmp_path, *flags)
     assert code == 2 and error.count("\n") == 1 and f"error: {tmp_path / message}" in error
+
+
+@pytest.mark.parametrize("script, flags", [("sample", []), ("eval_ppl", ["--text", __file__]),
+                                           ("eval_glue", ["--tasks", "stdlib-pair"])])
+def test_the_tokenizer_of_another_model_is_one_line(tmp_path, capsys, script, flags):
+    model = Transformer(Config(300, 16, 1, 2, 16))
+    save_config(tmp_path, model.config, train={})
+    save_checkpoint(tmp_path, model, [], 1)
+    save_tokenizer({"name": "bytes"}, tmp_path)
+    np.save(tmp_path / "unigram.npy", np.ones(300, dtype=np.int64))
+    code, error = stopped(capsys, script, "--checkpoint", tmp_path, *flags)
+    assert code == 2 and error == (f"error: {tmp_path}/tokenizer.json is not the one of this training: "
+                                   "it has 257 tokens, not 300\n")
+
+
+@pytest.mark.parametrize("train", [{}, {"objective": "vlm"}])
+def test_a_run_that_does_not_say_how_it_was_trained_is_not_resumed(tmp_path, capsys, train):
+    model = Transformer(Config(257, 16, 1, 2, 16))
+    save_config(tmp_path, model.config, train=train)
+    save_checkpoint(tmp_path, model, [], 1)
+    code, error = stopped(capsys, "train", "--resume", "--out_dir", tmp_path)
+    assert code == 2 and error == (f"error: {tmp_path} cannot be resumed: its config.json holds no flags of "
+                                   "train.py\n")

@@ -53,6 +53,19 @@ def test_figures_need_the_file_only(finished):
     assert Path("a.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in Path("b.svg").read_bytes()
 
 
+def test_the_baseline_of_fine_tuning_has_its_own_name():
+    """It is no probe, and not above input embeddings."""
+    def score(predictions):
+        return {"value": 0.5, "predictions": predictions}
+
+    row = {"task": "RTE", "metric": "accuracy", "pool": "mean", "layer": None, "directions": None, "max_train": 0,
+           "protocol": "finetune", "model": score("01"), "untrained": score("00")}
+    result = {"results": [row], "tests": {"RTE": {"labels": "01", "groups": None}}}
+    assert list(report.probes(result, {})) == [
+        "RTE, accuracy, mean, fine-tuned", "RTE, accuracy, mean, fine-tuned: the same from initial weights",
+        "RTE, accuracy, mean, fine-tuned: gain over the same from initial weights"]
+
+
 def test_many_settings_get_a_row_each():
     def run(value):
         return {"0": {"measurements": {"perplexity, all": {"value": value}, "spectrum: s_2": {"value": 0.5}}}}

@@ -24,7 +24,7 @@ from test_train import (ROOT, TINY, assert_same, call, data_dir, log_of, one_thr
 import flags
 import run as runs
 import train as script
-from common import hold, load_checkpoint, read_config, source_digests
+from common import DataError, hold, load_checkpoint, read_config, source_digests
 from objectives import OBJECTIVES, Objective
 from run import flags_in_force
 
@@ -205,6 +205,24 @@ def test_files_of_two_runs_never_make_a_checkpoint(tmp_path, monkeypatch):
         assert {name: text.decode() for name, text in files_in(folder).items()} == dict.fromkeys(new, "False")
         assert not (folder / ".new").exists()
     assert steps[0] > 0, "it was never finished without a kill"
+
+
+def test_all_processes_of_torchrun_may_finish_what_was_left(tmp_path, monkeypatch):
+    """One does it while the others wait. Alone, a process that finds another at work is refused."""
+    (tmp_path / ".new").mkdir()
+    (tmp_path / ".new/ckpt.pt").write_text("new")
+    with hold(tmp_path), pytest.raises(DataError, match="another process is working"):
+        runs.finish_replacing(str(tmp_path))
+
+    monkeypatch.setenv("RANK", "1")
+    with hold(tmp_path):
+        other = threading.Thread(target=runs.finish_replacing, args=(str(tmp_path),))
+        other.start()
+        time.sleep(0.2)
+        assert other.is_alive() and not (tmp_path / "ckpt.pt").exists()
+    other.join()
+    runs.finish_replacing(str(tmp_path))
+    assert (tmp_path / "ckpt.pt").read_text() == "new" and not (tmp_path / ".new").exists()
 
 
 def test_a_second_process_in_the_folder_is_refused(data_dir, tmp_path):

@@ -283,7 +283,7 @@ def test_the_text_before_a_gap_too(words):
 
 def test_a_vocabulary_of_bytes_keeps_the_space(tmp_path):
     """There a word does not bring its space."""
-    tokenizer.save_tokenizer("bytes", tmp_path)
+    tokenizer.save_tokenizer({"name": "bytes"}, tmp_path)
     encoding = tokenizer.load_tokenizer(tmp_path)
     assert encode_beginning("def ", encoding) == list(b"def ")
 
@@ -380,7 +380,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     for name, causal in [("ar", True), ("vlm", False)]:
         os.makedirs(folder / name)
-        tokenizer.save_tokenizer("bytes", folder / name)
+        tokenizer.save_tokenizer({"name": "bytes"}, folder / name)
         model = tiny(causal, vocab_size=257, block_size=64)
         save_checkpoint(folder / name, model, [], step=1)
         save_config(folder / name, model.config)
@@ -461,7 +461,7 @@ BAD = [("--checkpoint none", "none holds no checkpoint"),
        ("--checkpoint vlm --infill a____b --gap_tokens 0", "gap_tokens of at least 1"),
        ("--checkpoint vlm --infill a____b --gap_tokens 63", "the text has 65 tokens"),
        ("--checkpoint vlm --infill a____b --steps 0", "steps must be"),
-       ("--checkpoint mixed", "is not the one of this model's training")]
+       ("--checkpoint mixed", "is not the one of this training: it has 257 tokens, not 50")]
 
 
 @pytest.mark.parametrize("flags, message", BAD)
@@ -469,7 +469,7 @@ def test_bad_input_is_one_line(checkpoints, monkeypatch, capsys, flags, message)
     monkeypatch.chdir(checkpoints)
     if flags.endswith("mixed"):
         os.makedirs("mixed")
-        tokenizer.save_tokenizer("bytes", "mixed")
+        tokenizer.save_tokenizer({"name": "bytes"}, "mixed")
         save_checkpoint("mixed", tiny(False), [], step=1)
         save_config("mixed", tiny(False).config)
     with pytest.raises(SystemExit) as stop:
@@ -496,7 +496,7 @@ def test_generate_refuses(kwargs):
 @pytest.fixture
 def encoding(tmp_path):
     """Bytes: a token per character of ASCII text."""
-    tokenizer.save_tokenizer("bytes", tmp_path)
+    tokenizer.save_tokenizer({"name": "bytes"}, tmp_path)
     return tokenizer.load_tokenizer(tmp_path)
 
 
@@ -517,6 +517,7 @@ def test_example_lines_are_successive_and_short_enough(encoding):
     ids = ids_of(encoding, "\n".join(["short", "x" * 100, *good]))
     assert sample.example_lines(encoding, ids, 256) == good[:3]
     assert sample.example_lines(encoding, ids, 256, n=2) == good[:2]
+    assert sample.example_lines(encoding, ids_of(encoding, "\n".join(good[:3])), 256) == good[:3]
     assert sample.example_lines(encoding, ids_of(encoding, "a " * 100), 256) == [("a " * 24).strip()] * 3
 
 

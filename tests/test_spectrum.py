@@ -348,7 +348,7 @@ def test_two_checkpoints_in_one_table(run_folder):
         assert result["hitting"] >= model.config.vocab_size - 1 - 1e-6
         assert 1 <= result["effective_rank"] <= 32
         assert f"{result['loss']:.3f}" in out.stdout and "loss on these contexts (nats)" in out.stdout
-        text = spectrum.sample_contexts(*spectrum.held_out_text(name, config), range(64), seed=0).text
+        text = spectrum.sample_contexts(*spectrum.held_out_text(run_folder / name, config), range(64), seed=0).text
         assert (text < model.config.vocab_size).all()                       # nothing is masked
         pooled = model.features(torch.from_numpy(text)).mean(1).detach().double().numpy()
         variances = np.linalg.eigvalsh(np.cov(pooled.T, bias=True))[::-1]
@@ -363,7 +363,7 @@ def test_two_checkpoints_in_one_table(run_folder):
 def test_the_loss_is_the_objectives(objective, run_folder):
     """On the sampled contexts, with the objective's weights: the mean over the model's own loss."""
     model, config = common.load_checkpoint(run_folder / "random")
-    shards, _ = spectrum.held_out_text("random", config)
+    shards, _ = spectrum.held_out_text(run_folder / "random", config)
     settings = Options(objective=objective, vocab_size=model.config.vocab_size, block_size=16, lookahead=3,
                        dar_estimator="expectation")
     contexts = spectrum.sample_contexts(shards, settings, range(24), seed=1)
@@ -377,7 +377,7 @@ def test_the_loss_is_the_objectives(objective, run_folder):
 
 def test_measured_again_it_is_the_same(run_folder):
     model, config = common.load_checkpoint(run_folder / "random")
-    shards, settings = spectrum.held_out_text("random", config)
+    shards, settings = spectrum.held_out_text(run_folder / "random", config)
     result = spectrum.measure(model, shards, settings, 40, seed=1, batch_size=16)
     assert result == spectrum.measure(model, shards, settings, 40, seed=1, batch_size=16)
     assert result["loss"] != spectrum.measure(model, shards, settings, 40, seed=2)["loss"]
