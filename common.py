@@ -318,8 +318,11 @@ class Download:
     have: bytes in path.part. size: bytes of the whole file, None while unknown.
     """
     def __init__(self, url, path, restart=True):
-        self.url, self.restart, self.response = url, restart, None
-        self.part, self.note = f"{path}.part", f"{path}.part.json"
+        self.url = url
+        self.restart = restart
+        self.response = None
+        self.part = f"{path}.part"
+        self.note = f"{path}.part.json"
 
         # What an earlier download left: without both files there is nothing to resume
         try:
@@ -332,7 +335,9 @@ class Download:
 
     def forget(self):
         """Remove what has arrived."""
-        self.known, self.size, self.have = {}, None, 0
+        self.known = {}
+        self.size = None
+        self.have = 0
         for path in (self.part, self.note):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
@@ -362,7 +367,8 @@ class Download:
         told = self.told()
         if self.have and (self.response.status != 206 or told != self.known or not any(told.values())):
             return self.connect_again()
-        self.known, self.size = told, told["size"]
+        self.known = told
+        self.size = told["size"]
         write_json(self.note, told)
         open(self.part, "ab").close()                       # also a file of 0 bytes is a file
 
@@ -388,6 +394,7 @@ class Download:
 
         Raises DataError if the connection breaks.
         """
+        # Read
         if self.response is None:
             self.connect()
         if self.is_complete():
@@ -398,6 +405,8 @@ class Download:
             raise self.stopped(error) from None
         if not chunk and self.size is not None:             # the server hung up
             raise self.stopped()
+
+        # Append
         with open(self.part, "ab") as file:
             file.write(chunk)
         self.have += len(chunk)

@@ -51,7 +51,7 @@ def language(C=3, S=3, n=6, eps=0.1, rho=0.5):
     return joint
 
 
-def texts(**settings):
+def text_distribution(**settings):
     """P (V,)*n: the distribution of texts alone. The settings are those of `language`."""
     return language(**settings).sum(-1)
 
@@ -215,16 +215,16 @@ def every_objective():
     """[(heading, P, {name: pairs})]. The first of each group is the reference of the others."""
     every = range(1, 6)
     return [
-        ("2 of 6 tokens visible", texts(), short_contexts()),
-        ("1 to 5 visible", texts(), {
+        ("2 of 6 tokens visible", text_distribution(), short_contexts()),
+        ("1 to 5 visible", text_distribution(), {
             "ar 1..5": ar(6, every),
             "dar(2) 1..5": dar(6, every, 2),
             "vlm(1..5)": vlm(6, every),
             "vlm(3..5)": vlm(6, range(3, 6))}),
-        ("one mask: both neighbours visible", texts(), {
+        ("one mask: both neighbours visible", text_distribution(), {
             "ar (5)": ar(6, [5]),
             "mlm(5)": mlm(6, 5)}),
-        ("exchangeable text: no gain", texts(rho=0), {
+        ("exchangeable text: no gain", text_distribution(rho=0), {
             "ar, rho=0": ar(6, [2]),
             "mlm(2), rho=0": mlm(6, 2)})]
 
@@ -264,7 +264,7 @@ def compare_mask_ratios():
     print("chi2 of mlm(k) by where the target's position lives. "
           "Each column is judged against ar with the same choice")
     line("k visible (masked)", "ar", *POSITIONS, width=12)
-    P = texts()
+    P = text_distribution()
     curve = []
     for k in range(1, 6):
         ar_chi2 = describe(singular_values(cooccurrence(P, ar(6, [k]))))["chi2"]
@@ -320,7 +320,8 @@ def factorize(A, rank, steps=500, seed=0):
         optimizer.zero_grad()
         spectral_loss(A, f, g).backward()
         optimizer.step()
-    f, g = f.detach(), g.detach()
+    f = f.detach()
+    g = g.detach()
     return f.numpy(), g.numpy(), spectral_loss(A, f, g).item()
 
 
@@ -335,7 +336,7 @@ def angle(X, Y):
 
 def part2(args):
     """The identity at random f and g, then Adam against the singular vectors."""
-    P = texts()
+    P = text_distribution()
     rng = np.random.default_rng(args.seed)
     print("Spectral loss L, Adam, rank 3 (s_3 > s_4). "
           "identity: L - ||N - FG^T||^2 + ||N||^2 at random f, g")
@@ -438,10 +439,13 @@ def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
     P = joint.sum(-1)
     curve = {}
     for N in sizes:
+        # Draw N texts, `repeats` times
         rng = np.random.default_rng((seed, N))
         probabilities = P.ravel() / P.sum()
         counts = rng.multinomial(N, probabilities, size=repeats)                # (repeats, V^n)
         samples = counts.reshape(repeats, *P.shape) / N
+
+        # The mean error of the probes on their features
         errors = [classification(joint, sample, ranks=[3]) for sample in samples]
         for name in errors[0]:
             mean = np.mean([error[name] for error in errors])
@@ -450,15 +454,18 @@ def learning_curve(seed=0, sizes=(30, 100, 300, 1000, 3000, 10000), repeats=5):
 
 
 def compare_probes(rho):
-    """Probe errors and their bounds beside the spectra."""
+    """Probe errors and their bounds beside the spectra, each judged by the first."""
     joint = language(rho=rho)
     P = joint.sum(-1)
     errors = classification(joint, P)
     line("objective", "error k=3", "k=9", "chi2", "tail", "phi", "bound", "R_3", "against")
     reference = None
     for name, pairs in short_contexts().items():
+        # Contexts with targets, and contexts with labels
         A = cooccurrence(P, pairs)
         labels = cooccurrence(joint, [(S, TOPIC, weight) for S, _, weight in pairs])
+
+        # The spectrum, and whether it is below that of the first
         s = singular_values(A)
         mark = "" if reference is None else verdict(s, reference)
         reference = s if reference is None else reference
@@ -559,7 +566,7 @@ def part5(args):
     """What dar's predictions lose as predictions of the next token."""
     print("dar's exact distribution, used for the next token after m tokens: excess log-loss (nats)")
     line("m", *range(1, 6))
-    P = texts()
+    P = text_distribution()
     for t in (1, 2, 3, 5):
         line(f"dar({t})", *[next_token_excess(P, m, t) for m in range(1, 6)])
     return {}

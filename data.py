@@ -144,7 +144,9 @@ def encode(stream, encoding):
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
-        running, group, size = deque(), [], 0
+        running = deque()
+        group = []
+        size = 0
         for piece in stream:
             # A thread gets many small documents at once
             _, text, _ = piece
@@ -152,7 +154,8 @@ def encode(stream, encoding):
             size += len(text)
             if size >= PIECE:
                 running.append(pool.submit(work, group))
-                group, size = [], 0
+                group = []
+                size = 0
 
             # Results in order, and not too many waiting: this bounds the memory
             if len(running) > 2 * cores:
@@ -239,7 +242,8 @@ def load(name, data_dir=DATA_DIR, full=False):
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
             meta = json.load(file)
-        dtype, vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
+        dtype = np.dtype(meta["dtype"])
+        vocab_size = meta["vocab_size"]
         listed = [(split, shard["file"], shard["tokens"], shard["sha256"])
                   for split in SPLITS for shard in meta["splits"][split]["shards"]]
     except FileNotFoundError:
@@ -494,14 +498,15 @@ def content_of(source):
         return None
     if source != STDLIB:
         return {"bytes": os.path.getsize(source), "sha256": file_sha256(source)}
-    size, digest = 0, hashlib.sha256()
+    size = 0
+    digest = hashlib.sha256()
     for path, text in stdlib_files():
         size += len(text.encode())
         digest.update(f"{path}\0{text}\0".encode())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def folder_of(train, data_dir=None):
+def data_dir_of_run(train, data_dir=None):
     """The folder of the datasets that a run used. train: the flags of its training, in config.json.
 
     That is data_dir where it is given, or the recorded one. A run that was copied to another machine may
@@ -578,7 +583,8 @@ def build_parser():
 
 def main(argv=None):
     args = vars(build_parser().parse_args(argv))
-    name, only_check = args.pop("dataset"), args.pop("check")
+    name = args.pop("dataset")
+    only_check = args.pop("check")
     with one_line_errors(DataError, OSError):
         if only_check:
             load(name, args["data_dir"], full=True)

@@ -107,7 +107,8 @@ def archive_errors(source):
 
 def json_documents(source):
     """One document per line, in the field "text"."""
-    good, problem = 0, "no lines"
+    good = 0
+    problem = "no lines"
     with open_binary(source) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
             if number == 1 and text_encoding(line) not in ("utf-8", "utf-8-sig"):
@@ -186,7 +187,9 @@ def decoded(source):
 
         # Decode chunk by chunk. At the end an empty one, to see that no character is incomplete
         decoder = codecs.getincrementaldecoder(encoding)()
-        line, ascii_only, final = 1, True, False
+        line = 1
+        ascii_only = True
+        final = False
         while not final:
             final = not chunk
             try:
@@ -274,7 +277,7 @@ def document_is_val(text, val_fraction):
 class SplitRule(NamedTuple):
     """How documents are split, see `choose_split`."""
     val_fraction: float
-    train_characters: int = None        # of a single document: so many are train, the rest is val
+    train_characters: int = None        # of a single document: that many are train, the rest is val
 
 
 def choose_split(sources, val_fraction):

@@ -41,7 +41,7 @@ from common import (Parser, add_device_flags, align, check_different, load_check
                     pick_device, read_result, result_path, write_result)
 from features import extract, tokenize
 from finetune import LEARNING_RATES, finetune_seeds
-from glue_data import BUILT_IN, GLUE, METRICS, bootstrap, limit, load_task, require
+from glue_data import BUILT_IN, GLUE, METRICS, bootstrap, check_files, limit, load_task
 from model import Transformer
 from probe import probe
 from tokenizer import load_tokenizer
@@ -180,9 +180,12 @@ def by_length(by_source, number, split, metric):
     A list of {"up_to": tokens, "n": examples, "value": of the model, and "embeddings": of its embeddings
     if they were probed}. Texts of equal length stay together, so there may be fewer than three.
     """
+    # Which third each example is in
     lengths = np.array([len(row) for row in split.examples])
     limits = np.quantile(lengths, [1 / 3, 2 / 3, 1], method="inverted_cdf")
     third = np.searchsorted(limits, lengths)                                # 0, 1 or 2
+
+    # The metric in each
     result = []
     for i in np.unique(third):
         inside = third == i
@@ -285,7 +288,8 @@ def cell(score):
     """54.1 ± 1.2 in percent, with the [least, greatest] of fine-tuning's seeds."""
     text = f"{100 * score['value']:.1f} ± {100 * score['se']:.1f}"
     if "seeds" in score:
-        least, greatest = min(score["seeds"]), max(score["seeds"])
+        least = min(score["seeds"])
+        greatest = max(score["seeds"])
         text += f" [{100 * least:.1f}, {100 * greatest:.1f}]"
     return text
 
@@ -413,7 +417,7 @@ def load_tasks(args):
     for task in args.tasks or ["glue"]:
         names += [name for name in members.get(task, [task]) if name not in names]
     if args.glue_dir:
-        require(names, args.glue_dir)
+        check_files(names, args.glue_dir)
     glue_dir = args.glue_dir or "data/glue"
     return [limit(load_task(name, glue_dir, download=not args.glue_dir), args.max_train)
             for name in names]

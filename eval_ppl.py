@@ -626,7 +626,7 @@ def build_parser():
     p.add_argument("--context", type=int, nargs="+", metavar="M",
                    help="left-to-right: also score the same tokens with only the last M tokens visible")
     p.add_argument("--max_windows", type=int,
-                   help="take so many windows, evenly spread; 0: all; if not given "
+                   help="take that many windows, evenly spread; 0: all; if not given "
                         + ", ".join(windows))
     p.add_argument("--samples", type=int, default=Settings().samples,
                    help="masked models: mask counts per window (bound) or prompt lengths per window "
@@ -677,7 +677,7 @@ def wanted_text(args, checkpoint):
     """The Text that is asked for, in the checkpoint's vocabulary. Raises ValueError or OSError, one line."""
     if args.val:
         train = checkpoint.config["train"]
-        folder = Path(data.folder_of(train, args.data_dir), train["dataset"])
+        folder = Path(data.data_dir_of_run(train, args.data_dir), train["dataset"])
         return texts.validation_split(folder, checkpoint.path, checkpoint.encoding)
     if args.text:
         return texts.from_file(args.text, checkpoint.encoding)

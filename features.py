@@ -57,7 +57,7 @@ def encode(encoding, examples, T, half=0):
     return rows, n_cut
 
 
-def batches(lengths, batch_tokens=BATCH_TOKENS):
+def batches_by_length(lengths, batch_tokens=BATCH_TOKENS):
     """Yield arrays of indices into lengths, the longest first.
 
     A batch has at most batch_tokens tokens when it is padded to its longest row (or it is one row).
@@ -113,7 +113,7 @@ def extract(model, rows, eot, layer, kinds):
     bar = tqdm(total=sum(lengths), unit="tok", unit_scale=True, desc="features", leave=False,
                disable=None)
     with bar:
-        for index in batches(lengths):
+        for index in batches_by_length(lengths):
             ids, valid = collate([rows[i] for i in index], eot, device)
             for kind, values in pooled_features(model, ids, valid, layer, kinds).items():
                 out[kind][index] = values.cpu()

@@ -148,7 +148,7 @@ def saved_flags(parser, argv, out_dir):
     if not saved or "dataset" not in saved:
         raise ValueError(f"{out_dir} cannot be resumed: its config.json holds no flags of train.py")
     known = {action.dest for action in parser._actions}
-    saved["data_dir"] = data.folder_of(saved)
+    saved["data_dir"] = data.data_dir_of_run(saved)
     parser.set_defaults(**{name: value for name, value in saved.items() if name in known})
     args = parser.parse_args(argv)
     args.out_dir = out_dir

@@ -192,7 +192,7 @@ def load_glue(name, glue_dir, download):
     if download and missing(name, glue_dir):
         with download_into(folder, "without a network: --tasks stdlib"):
             download_glue(name, glue_dir)   # unless another process did while this one waited
-    require([name], glue_dir)
+    check_files([name], glue_dir)
 
     # The rows of each file
     files = ["train.tsv", *layout.dev]
@@ -200,7 +200,8 @@ def load_glue(name, glue_dir, download):
         contents = split_mrpc(*raw_mrpc(folder))
     else:
         contents = [read_lines(os.path.join(folder, file)) for file in files]
-    splits, malformed = {}, 0
+    splits = {}
+    malformed = 0
     for file, lines in zip(files, contents):
         splits[file], skipped = parse(lines, layout, os.path.join(folder, file))
         malformed += skipped
@@ -219,7 +220,7 @@ def missing(name, glue_dir):
             if not os.path.exists(os.path.join(folder, file))]
 
 
-def require(names, glue_dir):
+def check_files(names, glue_dir):
     """Raise DataError if a GLUE task's files are not all in glue_dir: before any of them is read."""
     ready = [name for name in GLUE if not missing(name, glue_dir)]
     for name in names:
@@ -265,7 +266,8 @@ def split_mrpc(pairs, ids):
     """(lines of train, lines of dev), each with the header: a row is dev if its pair of ids is listed."""
     dev_ids = {tuple(line.split("\t")) for line in read_lines(ids)}
     header, *rows = read_lines(pairs) or [""]
-    train, dev = [header], [header]
+    train = [header]
+    dev = [header]
     for row in rows:
         listed = tuple(row.split("\t")[1:3]) in dev_ids
         (dev if listed else train).append(row)
@@ -305,7 +307,8 @@ def parse(lines, layout, path):
     *text_columns, label_column = columns
 
     # Rows -> examples and labels
-    examples, labels = [], []
+    examples = []
+    labels = []
     for row in rows:
         if len(row) <= max(columns):
             continue
@@ -431,7 +434,8 @@ def halves(text):
 
     No word is cut in two, which would tell which texts belong together.
     """
-    last, pairs = 0, []
+    last = 0
+    pairs = []
     for start in range(CHUNK, len(text) - CHUNK, 4 * CHUNK):
         cut = text.find("\n", max(start, last + CHUNK)) + 1
         if cut and cut + CHUNK <= len(text):

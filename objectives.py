@@ -79,7 +79,8 @@ def dar(x, draw, options):
                                    sample       [[6], [8], [8]]             if s is 1, 2, 1
                                    expectation  [[6, 7], [7, 8], [8, 9]]
     """
-    T, t = options.block_size, options.lookahead
+    T = options.block_size
+    t = options.lookahead
 
     # Every position with the t tokens after it
     ahead = np.lib.stride_tricks.sliding_window_view(x[:, 1:], t, axis=1)       # (B, T, t)
@@ -425,7 +426,8 @@ def check_leak(batch, options):
     causal = OBJECTIVES[options.objective].causal
     attention = "causal" if causal else "bidirectional"
     used = batch.weights > 0
-    positions, targets = batch.positions[used], batch.targets[used]
+    positions = batch.positions[used]
+    targets = batch.targets[used]
 
     pairs = np.column_stack((positions, targets))
     twice = len(np.unique(pairs, axis=0)) < len(pairs)

@@ -159,8 +159,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, ord
     prompt_ids: a list of at least one id (end-of-text starts a document). model: a Transformer, causal or
     masked. temperature, top_k: see `draw_tokens`. order ("left", "confidence") and steps (forward passes in
     all): masked models only, see `fill`. generator: a torch.Generator on the CPU, or None for the global one.
-    watch: called with the ids so far, after every pass. Raises ValueError, one line, for an argument that
-    makes no sense.
+    watch: called with the ids so far, before the first pass of a masked model and after every pass. Raises
+    ValueError, one line, for an argument that makes no sense.
     """
     check(model, temperature, top_k, order, steps)
     T = model.config.block_size
@@ -303,9 +303,9 @@ def half_masked(model, encoding, text):
     free = [i for i, piece in enumerate(pieces) if "\n" not in piece]
     masked = np.random.default_rng(0).permutation(free)[:math.ceil(len(free) / 2)]
 
-    hidden = np.array(ids)
-    hidden[masked] = model.config.mask_token
-    filled = fill(model, hidden.tolist(), partial(draw_tokens, temperature=0.0), order="confidence")
+    with_masks = np.array(ids)
+    with_masks[masked] = model.config.mask_token
+    filled = fill(model, with_masks.tolist(), partial(draw_tokens, temperature=0.0), order="confidence")
     for i in masked:
         shown = r"\S" if pieces[i].strip() else r"."                        # a masked space shows, too
         pieces[i] = re.sub(shown, "_", pieces[i])
@@ -370,11 +370,11 @@ def run(args):
 
     # What to start from. An empty prompt is a new document, after an end-of-text that is not printed
     prompt = encode_beginning(args.prompt, encoding)
-    hidden = 0 if prompt or args.infill is not None else 1
+    n_silent = 0 if prompt or args.infill is not None else 1
     show = show_passes(sys.stdout)
 
     def watch(ids):
-        show(text_so_far(ids[hidden:], encoding, model.config.mask_token))
+        show(text_so_far(ids[n_silent:], encoding, model.config.mask_token))
 
     for number in range(args.num_samples):
         if number:
@@ -388,7 +388,7 @@ def run(args):
                            steps=args.steps, watch=each_pass, **how)
         if args.watch:
             show("")
-        print(encoding.decode(ids[hidden:]))
+        print(encoding.decode(ids[n_silent:]))
 
 
 def main(argv=None):

@@ -176,7 +176,7 @@ def held_out_text(checkpoint, config, data_dir=None):
     train = config.get("train", {})
     if "dataset" not in train or train.get("objective") not in OBJECTIVES:
         raise DataError(f"{checkpoint}: its config.json names no dataset, or no objective that exists")
-    data_dir = data.folder_of(train, data_dir)
+    data_dir = data.data_dir_of_run(train, data_dir)
     _, splits = data.load(train["dataset"], data_dir)
 
     # The same name may stand for other text or other tokens
@@ -216,7 +216,7 @@ def figure(path, results):
     fig = Figure(figsize=(10, 4), layout="constrained")
     left, right = fig.subplots(1, 2)
 
-    P = cooccurrence.texts()
+    P = cooccurrence.text_distribution()
     theory = {name: cooccurrence.singular_values(cooccurrence.cooccurrence(P, pairs))
               for name, pairs in cooccurrence.short_contexts().items()}
     cooccurrence.panel(left, "Toy language, exact", "i", "singular value $s_i$", theory)

@@ -116,9 +116,11 @@ def cut(document):
     another character. No word of PATTERN crosses such a place, so the tokens are those of the whole document.
     (A piece without such a place in its second half ends anywhere.)
     """
-    rest, start = "", 0
+    rest = ""
+    start = 0
     for text in document:
-        rest, start = rest[start:] + text, 0
+        rest = rest[start:] + text
+        start = 0
         while len(rest) - start > PIECE:
             match = CUT.match(rest, start + PIECE // 2, start + PIECE)
             end = match.end() if match else start + PIECE

@@ -14,7 +14,7 @@ import torch
 
 import cooccurrence as co
 import objectives
-from cooccurrence import (ar, cooccurrence, dar, language, mlm, normalize, singular, texts, verdict,
+from cooccurrence import (ar, cooccurrence, dar, language, mlm, normalize, singular, text_distribution, verdict,
                           vlm)
 from cooccurrence import singular_values as spectrum
 
@@ -45,7 +45,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def P():
-    return texts()
+    return text_distribution()
 
 
 def random_joint(rng, rows, columns, sparse=True):
@@ -411,7 +411,7 @@ def test_proposition_4_closed_form():
     for case in range(CASES):
         n = int(rng.integers(3, 6)) if case else 6
         S, eps = int(rng.integers(1, 3)), rng.uniform(0, 0.9)
-        P = texts(C=2, S=S, n=n, eps=eps, rho=0)
+        P = text_distribution(C=2, S=S, n=n, eps=eps, rho=0)
         k = int(rng.integers(1, n))
         sigma = spectrum(cooccurrence(P, ar(n, [k])))
         tau = math.sqrt(k / ((n - k) * (n - 1)))
@@ -537,13 +537,13 @@ def test_counterexample_smaller_singular_values_and_a_worse_probe():
 
 
 def test_counterexample_whole_block():
-    P = texts(S=2, n=5)
+    P = text_distribution(S=2, n=5)
     block, reference = spectrum(P.reshape(36, 216)), spectrum(cooccurrence(P, ar(5, [2])))
     assert ((block ** 2).sum() - 1, (reference ** 2).sum() - 1) == pytest.approx((3.287, 1.794), abs=6e-4)
 
 
 def test_counterexample_exchangeable_text_nothing_to_gain():
-    P = texts(S=4, rho=0)
+    P = text_distribution(S=4, rho=0)
     for k, number in enumerate([1.3122, 1.4501, 1.5793, 1.6006, 1.6142], 1):
         reference = spectrum(cooccurrence(P, ar(6, [k])))
         assert (reference ** 2).sum() - 1 == pytest.approx(number, abs=6e-5)
@@ -552,7 +552,7 @@ def test_counterexample_exchangeable_text_nothing_to_gain():
 
 
 def test_counterexample_dar_is_not_monotone_in_t():
-    P = texts(C=1, S=6, rho=0.6)                         # one cycle through six words
+    P = text_distribution(C=1, S=6, rho=0.6)                         # one cycle through six words
     three, four = (spectrum(cooccurrence(P, dar(6, [2], t))) for t in (3, 4))
     assert three == pytest.approx([1, .279, .279, .152, .112, .112], abs=6e-4)
     assert four == pytest.approx([1, .184, .184, .1147, .1147, .0816], abs=6e-4)

@@ -351,7 +351,7 @@ def test_features_do_not_depend_on_batching(causal):
 
 def test_batches_hold_everything_once_within_the_limit():
     lengths = np.random.default_rng(0).integers(1, 100, 300).tolist()
-    cut = list(features.batches(lengths, 500))
+    cut = list(features.batches_by_length(lengths, 500))
     assert sorted(np.concatenate(cut)) == list(range(300))
     assert all(max(lengths[i] for i in b) * len(b) <= 500 for b in cut)
 
@@ -549,7 +549,7 @@ def test_a_missing_task_stops_before_anything_is_computed(checkpoints, monkeypat
 
 def test_hint_about_what_is_there_works_when_typed_in(checkpoints):
     with pytest.raises(DataError) as error:
-        glue_data.require(["SST-2"], "glue")
+        glue_data.check_files(["SST-2"], "glue")
     hint = str(error.value).split(": ", 1)[1].split(" takes ")[0]
     assert names(main(*hint.split())) == ["RTE", "WNLI"]
 

@@ -607,9 +607,9 @@ def test_val_is_the_validation_split(work, capsys):
 def test_a_run_from_another_machine_finds_its_dataset_here(work):
     """Its config.json names a folder that does not exist here: data/ does, and --data_dir is obeyed."""
     train = {"dataset": "toy", "data_dir": "/another/machine/data"}
-    assert data.folder_of(train) == "data" and data.folder_of(train, "mine") == "mine"
+    assert data.data_dir_of_run(train) == "data" and data.data_dir_of_run(train, "mine") == "mine"
     (work / "sets/toy").mkdir(parents=True)
-    assert data.folder_of({"dataset": "toy", "data_dir": "sets"}) == "sets"
+    assert data.data_dir_of_run({"dataset": "toy", "data_dir": "sets"}) == "sets"
 
 
 def test_a_quick_look_replaces_no_full_result(work):

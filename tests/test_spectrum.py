@@ -47,7 +47,7 @@ def random_joint(seed, rows, columns):
 @pytest.mark.parametrize("name", co.short_contexts())
 def test_exact_predictions_give_the_exact_spectrum(name):
     """The reference is an SVD of N, which shares no step with spectrum.py."""
-    A = co.cooccurrence(co.texts(), co.short_contexts()[name])
+    A = co.cooccurrence(co.text_distribution(), co.short_contexts()[name])
     A = A[A.sum(1) > 0]
     exact = np.linalg.svd(co.normalize(A), compute_uv=False)
     P, weights = conditionals(A)
@@ -104,7 +104,7 @@ def test_chi2_of_few_contexts_is_too_small_by_a_constant_over_n():
     """The constant is sum over y of (m1 m3 - m2^2) / m1^3 with the moments m of P(y|.): second-order
     expansion of the ratio m2/m1 of two sample means. And the extrapolation removes most of it.
     """
-    A = co.cooccurrence(co.texts(), co.ar(6, [2]))
+    A = co.cooccurrence(co.text_distribution(), co.ar(6, [2]))
     conditional, weights = conditionals(A)
     m1, m2, m3 = [weights @ conditional ** power for power in (1, 2, 3)]
     constant = ((m1 * m3 - m2 ** 2) / m1 ** 3).sum()
@@ -267,7 +267,7 @@ def test_a_trained_transformer_gives_the_exact_spectrum_back(name):
     position that is known or not, are apart by more than 0.05.
     """
     pairs, causal, tgt = TRAINED[name]
-    P = co.texts(**LANGUAGE)
+    P = co.text_distribution(**LANGUAGE)
     V, n = P.shape[0], P.ndim
     A = co.cooccurrence(P, pairs, tgt=tgt)
     inputs, positions = queries(pairs, causal, tgt, V, n)
