@@ -765,12 +765,11 @@ def test_a_small_run_of_all_scripts_resumes_and_notices_edits(toy, tmp_path):
                                  "count = mask_count(0.1, options.block_size)"))
     edited = toy(*command)
     assert edited.returncode == 2 and "another objectives.py" in edited.stderr and "|" not in edited.stdout
-    new = toy(*command, "--overwrite")
+    new = toy("compare.py", "--runs", "mlm", "--seeds", "0", *TINY, "--overwrite")
     assert new.returncode == 0, new.stderr
-    assert len(commands_in(new.stdout)) == len(commands_in(first.stdout))
+    assert commands_in(new.stdout) == ["train.py", "eval_ppl.py", "eval_ppl.py", "eval_glue.py"]
     now = json.loads((folder / "compare.json").read_text())
     assert now["runs"]["mlm"]["0"]["weights"] != saved["runs"]["mlm"]["0"]["weights"]
-    assert now["runs"]["ar"]["0"]["weights"] == saved["runs"]["ar"]["0"]["weights"]
 
 
 @pytest.mark.slow
