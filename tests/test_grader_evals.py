@@ -427,9 +427,13 @@ def on_directions(train, tests, directions):
 def prepared(train, tests, directions):
     """The same, standardised."""
     X, *tests = on_directions(train, tests, directions)
-    mean, std = X.mean(axis=0), X.std(axis=0)
-    std = np.where(std == 0, 1, std)
-    return [(part - mean) / std for part in (X, *tests)]
+    return [(part - X.mean(axis=0)) / deviation(X) for part in (X, *tests)]
+
+
+def deviation(X):
+    """Of each column. 0 counts as 1."""
+    std = X.std(axis=0)
+    return np.where(std == 0, 1, std)
 
 
 def with_ones(X):
@@ -624,9 +628,7 @@ def own_statistics(train, tests, directions):
 
 def joint_statistics(train, tests, directions):
     together = torch.cat((train, *tests)).double().numpy()
-    std = together.std(0)
-    std = np.where(std == 0, 1, std)
-    return [(part.double().numpy() - together.mean(0)) / std for part in (train, *tests)]
+    return [(part.double().numpy() - together.mean(0)) / deviation(together) for part in (train, *tests)]
 
 
 def not_standardised(train, tests, directions):
@@ -716,9 +718,8 @@ def summed_cross_entropy(X, y, K, strength):
 
 def scaled_but_not_shifted(train, tests, directions):
     train, *tests = on_directions(train, tests, directions)
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    std = np.where(std == 0, 1, std)
-    return [(train - mean) / std, *[test / std for test in tests]]
+    std = deviation(train)
+    return [(train - train.mean(axis=0)) / std, *[test / std for test in tests]]
 
 
 def contiguous_folds(groups, number):
@@ -727,9 +728,8 @@ def contiguous_folds(groups, number):
 
 def variance_instead_of_deviation(train, tests, directions):
     train, *tests = on_directions(train, tests, directions)
-    mean, variance = train.mean(axis=0), train.var(axis=0)
-    variance = np.where(variance == 0, 1, variance)
-    return [(part - mean) / variance for part in (train, *tests)]
+    variance = deviation(train) ** 2
+    return [(part - train.mean(axis=0)) / variance for part in (train, *tests)]
 
 
 def first_columns(train, tests, directions):
