@@ -192,6 +192,7 @@ def load_tokenizer(folder, vocab_size=None):
 
     vocab_size: how many tokens it must have, if it is known. Raises DataError.
     """
+    # Read it
     path = os.path.join(folder, "tokenizer.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -203,6 +204,8 @@ def load_tokenizer(folder, vocab_size=None):
         state = "missing" if missing else f"damaged ({type(error).__name__})"
         raise DataError(f"{path} is {state}. Copy it again: a dataset and the checkpoints trained on it "
                         "have the same one") from None
+
+    # Does it belong to the model?
     if vocab_size is not None and encoding.n_vocab != vocab_size:
         raise DataError(f"{path} is not the one of this training: it has {encoding.n_vocab} tokens, "
                         f"not {vocab_size}")
