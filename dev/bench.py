@@ -128,6 +128,7 @@ def make_step(args, shards, plain=False):
     if plain:
         batches = [score_everywhere(batch) for batch in batches]
         loss = partial(plain_forward, model)
+        loss.parameters = model.parameters          # `update` clips their gradients
     elif pick_compile(args, needed):
         torch.compiler.reset()          # else the shapes of the objective before make this one's dynamic
         loss = compiled(model, batches[0])
