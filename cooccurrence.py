@@ -425,7 +425,7 @@ def classification(joint, P, ranks=(3, 9)):
     errors = {}
     for name, pairs in short_contexts().items():
         A = cooccurrence(P, pairs)
-        prefixes = cooccurrence(P, [pair for pair in pairs if pair[0] == PREFIX])
+        prefixes = cooccurrence(P, [(S, j, weight) for S, j, weight in pairs if S == PREFIX])
         errors[name] = [probe_error(features(prefixes, A, k), labels) for k in ranks]
     return errors
 

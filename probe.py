@@ -52,7 +52,7 @@ def probe(train, y, groups, tests, K, metric, directions=None):
     X = (X - mean) / scale
 
     # Turn to principal axes: neither loss nor penalty notices, and the fit converges faster
-    axes = torch.linalg.eigh(X.T @ X)[1]                                        # (C, C)
+    _, axes = torch.linalg.eigh(X.T @ X)                                        # (C, C)
     X = X @ axes
 
     # Choose the strength, then fit on all of the training split
@@ -115,7 +115,7 @@ def leading(train, tests, k):
     """
     mean = train.mean(dim=0)
     centred = train - mean
-    axes = torch.linalg.eigh(centred.T @ centred)[1]        # (C, C), eigenvalues in ascending order
+    _, axes = torch.linalg.eigh(centred.T @ centred)        # (C, C), eigenvalues in ascending order
     axes = axes[:, -k:]                                     # (C, k)
     return [(features - mean) @ axes for features in (train, *tests)]
 
