@@ -32,12 +32,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-import eval_glue
-import eval_ppl
 import flags
 import objectives
 import report
-import spectrum
 from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, pick_device, read_checkpoint,
                     read_result, source_digests, weights_digest, write_atomically, write_json)
 from objectives import OBJECTIVES, Options
@@ -166,9 +163,7 @@ def check_evaluation(words, run):
     given = parse(words)
     if given.checkpoint != [str(run.folder)] or given.results:
         raise ValueError(f"{words[0]}: --checkpoint and --results are chosen by compare.py")
-    checks = {"eval_ppl.py": eval_ppl.check_flags, "eval_glue.py": eval_glue.check_flags,
-              "spectrum.py": spectrum.check_flags}
-    checks[words[0]](given)
+    importlib.import_module(words[0].removesuffix(".py")).check_flags(given)
 
 
 def make_runs(settings, args):

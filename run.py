@@ -226,20 +226,21 @@ def write_folder(args, config, dataset):
 
     A run that replaces an older one begins in out_dir/.new, see `replace_older`.
     """
-    # Where: an older run stays until the new one has saved
     new = os.path.join(args.out_dir, ".new")
     shutil.rmtree(new, ignore_errors=True)                  # of a run that was killed before it saved
     folder = args.out_dir
-    if not args.resume and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        folder = new
-        os.mkdir(folder)
 
-    # What
+    # A new run begins beside an older one, or in a folder without one
     if not args.resume:
-        if folder != new:
+        if os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+            folder = new
+            os.mkdir(folder)
+        else:
             remove_run(args.out_dir)                        # a log without a checkpoint, for instance
         for name in ("tokenizer.json", "unigram.npy"):
             shutil.copy(os.path.join(dataset, name), folder)
+
+    # What it is made from
     save_config(folder, config, train=flags_in_force(args), torch=torch.__version__,
                 sources=sources_of_run(args), dataset=dataset_digests(dataset))
 
