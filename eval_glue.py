@@ -51,9 +51,8 @@ from tokenizer import load_tokenizer
 
 class Fit(NamedTuple):
     """A classifier and what it predicts."""
-    predictions: list                       # per dev set: (n,) class numbers or scores
+    by_seed: list                           # per seed, per dev set: (n,) class numbers or scores
     how: dict                               # how its penalty or learning rate was chosen; for the JSON
-    by_seed: list = ()                      # fine-tuning: the predictions of every seed
 
 
 def evaluate(model, encoding, task, args):
@@ -71,7 +70,7 @@ def evaluate(model, encoding, task, args):
     else:
         fits = probe_all(model, task, encoding.eot_token, pools, args)
     constant = guess(task)
-    majority = Fit([np.full(len(split.y), constant) for split in task.dev.values()], how={})
+    majority = Fit([[np.full(len(split.y), constant) for split in task.dev.values()]], how={})
 
     # 3. Score
     rows = []
@@ -117,7 +116,7 @@ def probe_all(model, task, eot, pools, args):
                     len(task.classes), metric, directions=k)
                 best = by_source.get(source)
                 if best is None or how["held_out"] > best.how["held_out"]:
-                    by_source[source] = Fit(predictions, {**how, "layer": layer})
+                    by_source[source] = Fit([predictions], {**how, "layer": layer})
     return fits
 
 
@@ -153,18 +152,25 @@ def guess(task):
 def score(fit, number, split, metric, classes):
     """{"value", "se", "predictions", how it was fitted} of a Fit on the dev set of that number.
 
-    Fine-tuning: all of them are those of the median seed (of an even number, the lower of the two).
+    Of several seeds: all are those of the median seed, and "seeds" has the value of each.
     """
-    predicted = fit.predictions[number]
-    seeds = {}
-    if fit.by_seed:
-        values = [metric(predictions[number], split.y) for predictions in fit.by_seed]
-        median = np.argsort(values, kind="stable")[(len(values) - 1) // 2]
-        predicted = fit.by_seed[median][number]
-        seeds = {"seeds": values}
-    return {"value": metric(predicted, split.y),
-            "se": bootstrap(metric, predicted, split.y, split.groups),
-            "predictions": compact(predicted, classes), **fit.how, **seeds}
+    predicted, values = median_seed(fit, number, split, metric)
+    result = {"value": metric(predicted, split.y),
+              "se": bootstrap(metric, predicted, split.y, split.groups),
+              "predictions": compact(predicted, classes), **fit.how}
+    if len(values) > 1:
+        result["seeds"] = values
+    return result
+
+
+def median_seed(fit, number, split, metric):
+    """(the median seed's predictions on the dev set of that number, the metric of every seed).
+
+    Of an even number of seeds, the lower of the two in the middle.
+    """
+    values = [metric(predictions[number], split.y) for predictions in fit.by_seed]
+    median = np.argsort(values, kind="stable")[(len(values) - 1) // 2]
+    return fit.by_seed[median][number], values
 
 
 def compact(values, classes):
@@ -192,7 +198,7 @@ def by_length(by_source, number, split, metric):
         part = {"up_to": int(lengths[inside].max()), "n": int(inside.sum())}
         for source, name in [("model", "value"), ("embeddings", "embeddings")]:
             if source in by_source:
-                predicted = by_source[source].predictions[number]
+                predicted, _ = median_seed(by_source[source], number, split, metric)
                 part[name] = metric(predicted[inside], split.y[inside])
         result.append(part)
     return result

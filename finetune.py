@@ -1,7 +1,7 @@
 """
 Fine-tuning: the whole model is trained on a task, with a linear head on its pooled features.
 
-    predictions, how, by_seed = finetune_seeds(model, task, eot, "mean", args)
+    by_seed, how = finetune_seeds(model, task, eot, "mean", args)
 
 The learning rate is chosen on held-out training examples. Every seed starts again from the given model,
 which stays as it is.
@@ -26,10 +26,9 @@ def finetune_seeds(model, task, eot, kind, args):
     """Fine-tune with args.seeds seeds. task: a Task of token ids. kind: "mean", "max" or "last" pooling.
 
     The learning rate is chosen by the task's first metric on the held-out tenth of the training
-    split, with seed 0. The median seed is that of this metric on the first dev set.
+    split, with seed 0.
 
-    Returns (predictions of the median seed on each dev set; a dict that says how the rate was
-    chosen; the predictions of every seed).
+    Returns (for each seed its predictions on each dev set; a dict that says how the rate was chosen).
     """
     metric = METRICS[task.metrics[0]]
     n_classes = len(task.classes)
@@ -52,12 +51,10 @@ def finetune_seeds(model, task, eot, kind, args):
     dev = list(task.dev.values())
     by_seed = [finetune(model, train, dev, n_classes, eot, kind, rates[best], seed, args)
                for seed in range(args.seeds)]
-    order = sorted(range(args.seeds), key=lambda seed: metric(by_seed[seed][0], dev[0].y))
-    median = order[(args.seeds - 1) // 2]
 
     at_edge = len(rates) > 1 and best in (0, len(rates) - 1)
     how = {"lr": rates[best], "at_edge": at_edge, "held_out": dict(zip(map(str, rates), values))}
-    return by_seed[median], how, by_seed
+    return by_seed, how
 
 
 def best_rate(values):

@@ -745,11 +745,15 @@ def test_value_error_and_predictions_of_fine_tuning_are_of_one_seed(seeds):
         predicted = y.copy()
         predicted[:wrong] = 1 - predicted[:wrong]
         by_seed.append([predicted])
-    found = eval_glue.score(eval_glue.Fit(by_seed[0], {}, by_seed), 0, split, glue_data.accuracy, ("a", "b"))
-    assert found["value"] == sorted(found["seeds"])[(seeds - 1) // 2]
+    fit = eval_glue.Fit(by_seed, {})
+    found = eval_glue.score(fit, 0, split, glue_data.accuracy, ("a", "b"))
+    values = [0.7, 0.9, 0.8, 1.0][:seeds]
+    assert found["value"] == sorted(values)[(seeds - 1) // 2]
+    assert found.get("seeds", values) == values and ("seeds" in found) == (seeds > 1)
     predicted = np.array([int(digit) for digit in found["predictions"]])
     assert found["value"] == np.mean(predicted == y)
     assert found["se"] == glue_data.bootstrap(glue_data.accuracy, predicted, y, split.groups)
+    assert eval_glue.median_seed(fit, 0, split, glue_data.accuracy)[0].tolist() == predicted.tolist()
 
 
 def test_ties_between_learning_rates_go_to_the_middle():
