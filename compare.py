@@ -1,7 +1,7 @@
 """
 Compare the objectives, or any other settings of train.py: same data, same number of tokens, several seeds.
 
-    python compare.py                                   # the four objectives; about an hour on 2 cores
+    python compare.py                                   # the four objectives, 3 seeds; about an hour on 2 cores
     python compare.py --runs "ar" "dar --lookahead 4" "mlm --mask_ratio 0.3" "vlm --mask_range 0.4 0.6"
     python compare.py --seeds 0 --max_iters 200         # a quick look
     python compare.py --against ar mlm --plot claims.png --curves curves.png
@@ -439,15 +439,15 @@ def build_parser():
     p.add_argument("--against", nargs="+", metavar="SETTING",
                    help="settings that the others are compared with (default: the first)")
     p.add_argument("--max_iters", type=int, default=1500,
-                   help="updates of each run, unless its setting says otherwise")
+                   help="updates of each run whose setting does not give its own")
     p.add_argument("--train", default="", metavar="FLAGS",
-                   help="flags of train.py for all runs, in quotes; the preset is tiny unless given here")
+                   help="flags of train.py for all runs, in quotes; the preset is tiny if none is given here")
     p.add_argument("--eval_ppl", default="--val", metavar="FLAGS",
-                   help="flags of eval_ppl.py, in quotes; none leaves it out")
+                   help="flags of eval_ppl.py, in quotes; 'none' skips it")
     p.add_argument("--eval_glue", default="--tasks stdlib", metavar="FLAGS",
-                   help="flags of eval_glue.py, in quotes; none leaves it out")
+                   help="flags of eval_glue.py, in quotes; 'none' skips it")
     p.add_argument("--spectrum", default="none", metavar="FLAGS",
-                   help='flags of spectrum.py, in quotes ("" for its defaults); none leaves it out')
+                   help="flags of spectrum.py, in quotes ('' for its defaults); 'none' skips it")
     p.add_argument("--jobs", type=int, default=1, help="runs in parallel; on a CPU they share the cores")
     p.add_argument("--out_dir", default="out/compare", help="a folder for each run, and compare.json")
     p.add_argument("--overwrite", action="store_true",

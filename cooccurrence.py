@@ -11,7 +11,7 @@ From the paper: this framework, Theorem 4.2 (masked singular values are smaller,
 connected), dar, and that a fixed mask ratio does not fit generation. Derived here: every verdict and
 number below, and every proposition in the tests. They do not quote the theorem, its hypotheses or its
 constants. The default language was chosen out of some twenty settings because the ordering is clean
-there. Where the claim fails is printed beside it. spectrum.py measures the same singular values in
+there. The cases where the claim fails are printed too. spectrum.py measures the same singular values in
 trained models.
 
     python cooccurrence.py                          # five parts, no data needed, about 15 seconds
@@ -478,7 +478,7 @@ def part3(args):
     print("rho = 0.5, the default language: smaller singular values, better probe. "
           "Bayes error 0.0667")
     compare_probes(rho=0.5)
-    print("\nrho = 0.8: every singular value smaller, yet a WORSE probe: a bound is no law. "
+    print("\nrho = 0.8: every singular value smaller, yet a WORSE probe: the bound does not order the errors. "
           "Bayes error 0.0667")
     compare_probes(rho=0.8)
 
@@ -615,7 +615,7 @@ def build_parser():
     parser.add_argument("--part", type=int, choices=range(1, 6), help="run only this part")
     parser.add_argument("--plot", metavar="FILE",
                         help="also draw a figure of three panels (needs matplotlib)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is sampled")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is sampled")
     return parser
 
 

@@ -355,23 +355,23 @@ def build_parser():
                    help="glue (all nine, the default), stdlib (both built-in ones), or any of "
                         f"{', '.join([*GLUE, *BUILT_IN])}")
     p.add_argument("--glue_dir", metavar="DIR",
-                   help="folder with CoLA/train.tsv and so on, which is only read; without it data/glue, "
-                        "and what is missing there is downloaded")
+                   help="folder with CoLA/train.tsv and so on, which is only read (default: data/glue, "
+                        "where missing files are downloaded)")
     p.add_argument("--results", metavar="DIR",
-                   help="write to DIR/NAME/eval_glue.json instead of the checkpoint's own folder")
+                   help="write to DIR/CHECKPOINT'S NAME instead of the checkpoint's own folder")
     p.add_argument("--max_train", type=int, default=0, metavar="N",
                    help="use at most N training examples of each task, the same for all models; 0: all")
 
     features = p.add_argument_group("features")
     features.add_argument("--pool", nargs="+", choices=["mean", "last", "max"],
-                          help="from token vectors to one vector; unless given mean, for the built-in "
-                               "tasks mean and max")
+                          help="how token vectors become one (default: mean; mean and max for the "
+                               "built-in tasks)")
     features.add_argument("--layer", type=layer_number, metavar="N",
                           help="features after N blocks (0: embeddings), or best: the layer is chosen on "
-                               "held-out training examples; unless given, after all blocks")
+                               "held-out training examples (default: after all blocks)")
     features.add_argument("--directions", nargs="+", type=direction_number, metavar="K",
-                          help="probe only the K leading principal directions, e.g. 8 16 all; unless "
-                               "given, all")
+                          help="probe only the K leading principal directions, e.g. 8 16 all "
+                               "(default: all)")
     features.add_argument("--by_length", action="store_true",
                           help="show the result on short, middle and long texts too")
 

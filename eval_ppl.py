@@ -569,10 +569,10 @@ def show(reports):
 
     for r in reports:
         if r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
-            print(f"{r['checkpoint']} has learned no context yet: word frequencies alone do as well.")
+            print(f"{r['checkpoint']} has not learned to use context yet: word frequencies alone do as well.")
     if any(r["suffix"] for r in reports):          # a masked model, left to right
-        print("Word frequencies alone are scored on the same tokens as the model: of masked models on a "
-              "sample (--samples).")
+        print("Word frequencies alone are scored on the same tokens as the model. For a masked model these "
+              "are a sample (--samples).")
     if any(r["clusters"] == "windows" for r in reports):
         print("The text is one document: its windows are treated as independent.")
     if any("bits_per_byte" in r["all"] for r in reports):
@@ -622,12 +622,11 @@ def build_parser():
                    help="where wiki.test.raw is, or is downloaded to")
     p.add_argument("--data_dir", help="--val: where the datasets are, if not where train.py read them")
     p.add_argument("--prompt_lengths", type=int, nargs="+", metavar="K",
-                   help="left-to-right: tokens in the prompt; if not given 1, 2, 4, ... and block_size - 1")
+                   help="left-to-right: tokens in the prompt (default: 1, 2, 4, ... and block_size - 1)")
     p.add_argument("--context", type=int, nargs="+", metavar="M",
                    help="left-to-right: also score the same tokens with only the last M tokens visible")
     p.add_argument("--max_windows", type=int,
-                   help="take that many windows, evenly spread; 0: all; if not given "
-                        + ", ".join(windows))
+                   help=f"take that many windows, evenly spread; 0: all (default: {', '.join(windows)})")
     p.add_argument("--samples", type=int, default=Settings().samples,
                    help="masked models: mask counts per window (bound) or prompt lengths per window "
                         "(left-to-right, for the mean over all positions), evenly spread; block_size takes "

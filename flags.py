@@ -50,13 +50,13 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     p.add_argument("--mask_ratio", type=float, default=0.15,
                    help="mlm: fraction of the positions that is masked")
     p.add_argument("--mask_range", type=float, nargs=2, default=[0.15, 1.0], metavar=("LOW", "HIGH"),
-                   help="vlm: the fraction is uniform in this range, per sequence")
+                   help="vlm: the mask ratio is uniform in this range, drawn per sequence")
     p.add_argument("--corruption", choices=CHOICES["corruption"], default="mask",
                    help="mlm, vlm: mask all chosen positions, "
                         "or BERT's 80 %% mask, 10 %% random token, 10 %% unchanged")
     p.add_argument("--normalization", choices=CHOICES["normalization"], default="tokens",
-                   help="mlm, vlm: mean over the masked tokens of the batch, "
-                        "or over sequences of the mean within each")
+                   help="mlm, vlm: the loss is the mean over the masked tokens of the batch (tokens), or "
+                        "over sequences of the mean within each (bound)")
 
     p.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
                    help="values for the flags below: tiny (laptop CPU), small (one GPU), paper; "
@@ -81,24 +81,24 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
 
     p.add_argument("--muon_lr", type=float, default=0.02, help="peak learning rate of Muon")
     p.add_argument("--decay_fraction", type=float, default=0.7,
-                   help="last part of the run, in which the rate decays linearly")
+                   help="fraction of the run, at its end, in which the learning rate decays linearly")
     p.add_argument("--min_lr_fraction", type=float, default=0.05,
-                   help="the rate at the end, as a fraction of its peak")
+                   help="the learning rate at the end, as a fraction of its peak")
     p.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
     p.add_argument("--seed", type=int, default=0,
                    help="seeds the initial weights, the data order and the masks")
 
     p.add_argument("--train_tokens", type=int, default=0, metavar="N",
-                   help="train on N tokens only, evenly spread over the training split: few data, many "
-                        "passes (0: on all)")
+                   help="train on N tokens only, evenly spread over the training split, for little data and "
+                        "many passes (0: on all)")
 
-    p.add_argument("--out_dir", help="where checkpoint and log go; without it out/OBJECTIVE")
+    p.add_argument("--out_dir", help="folder for checkpoint and log (default: out/OBJECTIVE)")
     p.add_argument("--data_dir", default=data.DATA_DIR, help="where the prepared datasets are")
     p.add_argument("--save_interval", type=int, default=250, help="updates between checkpoints")
     p.add_argument("--log_interval", type=int, default=10, help="updates between lines of the log")
     p.add_argument("--resume", action="store_true",
-                   help="continue the run in out_dir with its own flags (given ones replace them)")
+                   help="continue the run in out_dir with its saved flags; those given here replace them")
     p.add_argument("--overwrite", action="store_true",
                    help="replace the run in out_dir, once the new one has a checkpoint")
     add_device_flags(p)

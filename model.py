@@ -7,7 +7,7 @@ MLP) -> norm -> logits at the scored positions only -> weighted cross-entropy. P
 embeddings: every parameter is a matrix.
 
 Attention and the loss are first defined, in a few plain lines: `attention` and `plain_loss`. Training runs
-the fast versions behind the scenes, and tests hold each pair together.
+the fast versions at the end of this file, and tests hold each pair together.
 
     model = Transformer(Config(n_layer=4, causal=True))     # trained ones: common.load_checkpoint("out/vlm")
     hidden = model.features(ids)                    # (B, T) int64 -> (B, T, C)

@@ -142,7 +142,7 @@ def mask_batch(x, masked, slots, draw, options):
     """Hide the masked positions of x and predict the original tokens there.
 
     x: (B, >=T) token ids. masked: (B, T) bool, chosen in any way. slots: N, at least the number of masked
-    positions. Compiled code wants the same shapes at every step, so N is fixed and the slots that are
+    positions. Compiled code needs the same shapes at every step, so N is fixed and the slots that are
     left over have weight 0. With the mask token 50 and slots = 3:
 
         x = [[5, 6, 7, 8]], masked at 2 and 4  ->  inputs [[5, 50, 7, 50]], positions [1, 3, 0],
@@ -398,7 +398,7 @@ def check_objective(options, same_shapes=True):
         check_leak(batch, options)
         check_most_masks(batch, options)
 
-        # Compiled code wants the same shapes at every step
+        # Compiled code needs the same shapes at every step
         slots.append(len(batch.positions))
         require(slots[0] == slots[-1] or not same_shapes,
                 f"the number of scored positions, N, changes from {slots[0]} to {slots[-1]}: "

@@ -10,15 +10,16 @@ From the results of runs to differences, errors, tables and figures: what compar
     tests   {name: contents} of the test sets, which the measurements refer to
 
 Two settings are compared by the difference of runs with the same seed, averaged over the seeds. A difference
-of log perplexities is printed as a ratio of perplexities, one of probes in points. It has two errors:
+of log perplexities is printed as a ratio of perplexities, one of probes in points (percent). There are two
+errors:
 
     over seeds     se_seeds = (standard deviation of the differences) / sqrt(number of seeds)
     over the test  se_test = standard deviation of the mean difference over resamples of the test documents
                    (examples, where they are independent), the same for both settings and all seeds
 
-RULE below says when such a difference is called shown. Why Student's t in it and not 2: the spread of three
-seeds is itself uncertain. With 2, pure noise between seeds would pass in 18 % of all cases; with t in 5 %.
-That holds per row: of 40 rows without any difference, two may pass.
+RULE below says when such a difference is called shown. It has Student's t and not 2 because the spread of
+three seeds is itself uncertain. With 2, pure noise between seeds would pass in 18 % of all cases, with t in
+5 %. That holds per row: of 40 rows without any difference, two may pass.
 """
 import hashlib
 import json
@@ -302,7 +303,7 @@ def show(runs, differences, rows=""):
     """Print both tables. rows: a regular expression, only the measurements that it finds."""
     seeds = sorted({int(seed) for by_seed in runs.values() for seed in by_seed})
     print(f"\nMean over seeds {seeds} [least, greatest]. Probes in percent. Word frequencies are scored on "
-          "the same tokens as the setting, for masked models a sample.\n")
+          "the same tokens as the setting. For a masked model these are a sample.\n")
     print(table(runs, rows))
     wanted = [found for found in differences if re.search(rows, found["measurement"])]
     if wanted:
@@ -626,7 +627,8 @@ def build_parser():
     p.add_argument("--plot", metavar="FILE", help="draw perplexity by prompt length and probe gains")
     p.add_argument("--curves", metavar="FILE", help="draw validation loss by tokens seen")
     p.add_argument("--budgets", metavar="FILE",
-                   help="draw the measurements by tokens seen in all, a line where only --max_iters differs")
+                   help="draw the measurements by tokens seen in training; settings that differ only in "
+                        "--max_iters are one line")
     return p
 
 

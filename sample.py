@@ -347,11 +347,11 @@ def build_parser():
     p.add_argument("--order", choices=["left", "confidence"], default="left",
                    help="masked models: fill from the left, or where the model is surest first")
     p.add_argument("--steps", type=int,
-                   help="masked models: forward passes; if not given, one per token")
+                   help="masked models: forward passes (default: one per token)")
     p.add_argument("--watch", action="store_true",
                    help="show the text after every pass, masks as _; in place on a terminal, else one line "
                         "per pass")
-    p.add_argument("--seed", type=int, default=0, help="of the draws")
+    p.add_argument("--seed", type=int, default=0, help="seed of the draws")
     add_device_flags(p, dtype="float32")
     return p
 

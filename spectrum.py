@@ -2,7 +2,7 @@
 The singular values that a trained model believes in: cooccurrence.py's measurement on real text.
 
 The theory is about A[c, y] = P(context c, target y) of an objective, and the singular values of
-N = D1^-1/2 A D2^-1/2. Real contexts never repeat, so A cannot be counted. But a trained model has an
+N = D1^-1/2 A D2^-1/2. Real contexts hardly ever repeat, so A cannot be counted. But a trained model has an
 opinion of it. Draw n contexts from held-out text as the objective does in training, and let P(y|c) be
 what the model predicts there, p(y) the mean of it. Then
 
@@ -13,9 +13,9 @@ are those of the model's own joint distribution. Two things to know when reading
 - A model that has learned little has small singular values for the wrong reason: it predicts p(y)
   everywhere, and chi2 is 0. So compare models along their training (several checkpoints of a run) or
   at equal loss on the contexts, which is printed beside.
-- chi2 of n contexts is too small on average (one context: 0), for large n by a constant over n. So it
-  is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). If chi2 still grows as much
-  from n/2 to n as from n/4 to n/2, that is too small as well.
+- chi2 of n contexts is too small on average (one context: 0). For large n the shortfall is proportional
+  to 1/n. So it is printed for n, n/2 and n/4, and extrapolated: 2 chi2(n) - chi2(n/2). If it grows by
+  more than half as much from n/2 to n as from n/4 to n/2, that is too small as well.
 
     python spectrum.py --checkpoint out/ar out/dar out/mlm out/vlm
     python spectrum.py --checkpoint out/ar out/vlm --contexts 32768 --plot spectrum.png
@@ -234,11 +234,11 @@ def build_parser():
     parser.add_argument("--features", action="store_true",
                         help="also the effective rank of the mean hidden state: exp(entropy of the "
                              "shares of variance of its principal directions)")
-    parser.add_argument("--seed", type=int, default=0, help="of windows, masks and positions")
-    parser.add_argument("--data_dir", help="folder of the datasets, by default that of the run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of windows, masks and positions")
+    parser.add_argument("--data_dir", help="folder of the datasets (default: that of the run)")
     parser.add_argument("--plot", metavar="FILE", help="draw the spectra (needs matplotlib)")
     parser.add_argument("--results", metavar="DIR",
-                        help="write DIR/CHECKPOINT'S NAME/spectrum.json instead")
+                        help="write to DIR/CHECKPOINT'S NAME instead of the checkpoint's own folder")
     add_device_flags(parser, dtype="float32")
     return parser
 

@@ -378,7 +378,7 @@ def finish(args, model, size, shards, val_loss, baseline):
     say(f"validation loss {val_loss:.4f} nats per {kind} token{code}{beside(baseline)}; "
         f"checkpoint in {args.out_dir}")
     if val_loss > (1 - CONTEXT_GAIN) * baseline:
-        say("This is the level of word frequencies: the model has learned no context yet. "
+        say("This is the level of word frequencies: the model has not learned to use context yet. "
             "Masked models stay there for a while; more --max_iters help")
 
     # The demonstration

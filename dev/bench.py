@@ -11,9 +11,9 @@ Takes every flag of train.py and measures the training step that it would run, o
 
 of ceiling     The operations that the step needs (model.flops: redundant work lowers the share) per second,
                over those of large matrix products in the same dtype, measured in the same process.
-plain / ours   Beside each step, in turns with it and with the same optimizer, runs the plain version of the
-               same model: float32, eager, logits at every position. It has a process of its own, as
-               common.reuse_memory, which it does without, holds for a whole process.
+plain / ours   The plain version of the same model (float32, eager, logits at every position, the same
+               optimizer) is timed in turns with ours. It has a process of its own, as common.reuse_memory,
+               which it does without, holds for a whole process.
 ms per step    The median over repeats, with the quartiles in brackets. The device is waited for after every
                step, which training does not do.
 data ms        The time to make the batches of a step, which training hides behind the step before.
@@ -236,7 +236,7 @@ def build_parser():
     p.add_argument("--objective", nargs="+", choices=[*OBJECTIVES, "all"], default=["all"],
                    help="which to measure")
     p.add_argument("--vocab_size", type=int,
-                   help="number of text ids; without it, that of the preset's dataset")
+                   help="number of text ids (default: that of the preset's dataset)")
     p.add_argument("--repeats", type=int, default=20, help="steps of each kind")
     p.add_argument("--no_plain", action="store_true", help="leave out the plain version")
     p.add_argument("--json", metavar="FILE", help="write all numbers there")

@@ -1,11 +1,12 @@
 """
-How much of the validation text also stands in the training text? A model may remember it.
+How much of the validation text also occurs in the training text? A model may remember it.
 
     python dev/overlap.py                                   # of the default corpus
     python dev/overlap.py --dataset mine --documents 50
 
 A token of val counts as copied if it lies in a run of 13 tokens that also occurs in train. Prints the share
-of copied tokens of the documents that have most, and of all of them. Memory: about 30 bytes per token.
+of copied tokens for the documents with the largest one, and for the whole split. Memory: about 30 bytes per
+token.
 """
 import os
 import sys

@@ -681,7 +681,7 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
     assert report["unigram"]["perplexity"] == pytest.approx(math.exp(want))
     row = next(line for line in out.splitlines() if line.startswith("word frequencies alone"))
     assert row.split()[3] == f"{math.exp(want):.2f}"
-    assert "out/mlm has learned no context yet" in out
+    assert "out/mlm has not learned to use context yet" in out
 
     # On the same text the two kinds of models are scored on other tokens, and a sentence says so
     assert "scored on the same tokens as the model: of masked models" in out
@@ -704,9 +704,9 @@ def test_a_model_that_beats_word_frequencies_is_not_called_ignorant(capsys):
          "all": {"perplexity": 94.0}, "unigram": {"perplexity": 100.0}, "prompt_lengths": {}, "context": {},
          "block_size": 4, "windows": 1, "documents": {"bytes": [1]}}
     eval_ppl.show([r])
-    assert "learned no context" not in capsys.readouterr().out
+    assert "learned to use context" not in capsys.readouterr().out
     eval_ppl.show([r | {"all": {"perplexity": 97.0}}])
-    assert "a has learned no context yet" in capsys.readouterr().out
+    assert "a has not learned to use context yet" in capsys.readouterr().out
 
 
 def test_bits_per_byte_only_where_there_is_a_code(work, capsys):
