@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import zipfile
 import zlib
@@ -106,13 +107,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A command line. A wrong flag is one line on stderr and exit code 2."""
     def __init__(self, description, **how):
-        super().__init__(description=description, formatter_class=Help, **how)
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **how)
 
     def error(self, message):
         # A list of all flags helps where a name is unknown or missing, not where a value is wrong
-        about_names = ("unrecognized arguments", "ambiguous option", "the following arguments are required")
+        about_names = ("unrecognized arguments", "the following arguments are required")
         hint = " (--help lists all flags)" if message.startswith(about_names) else ""
         self.exit(2, f"error: {message}{hint}\n")
+
+
+def command_line(script, argv):
+    """The command that runs now, as it would be typed in. argv: its words, None: those of the process."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", script, *words])
 
 
 def align(rows):
@@ -135,7 +142,7 @@ def check_plot(path):
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ValueError(f"{path}: figures need matplotlib: pip install matplotlib") from None
 
     path = Path(path)
     if path.suffix[1:] not in FigureCanvasBase.filetypes:
@@ -151,13 +158,6 @@ def save_figure(figure, path):
 # -----------------------------------------------------------------------------
 # Writing: a file gets its final name when it is complete and on the disk
 
-def close_on_disk(file):
-    """Close a file when all of it is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
 def write_atomically(path, write):
     """Call write(file) on a temporary binary file, flush it to disk, rename it to `path`.
 
@@ -167,7 +167,8 @@ def write_atomically(path, write):
     try:
         with open(temporary, "wb") as file:
             write(file)
-            close_on_disk(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """
 Compare the objectives, or any other settings of train.py: same data, same number of tokens, several seeds.
 
-    python compare.py                                   # the four objectives, 3 seeds; about an hour on 2 cores
+    python compare.py                                   # the four objectives, 3 seeds; an hour on 2 cores
     python compare.py --runs "ar" "dar --lookahead 4" "mlm --mask_ratio 0.3" "vlm --mask_range 0.4 0.6"
     python compare.py --seeds 0 --max_iters 200         # a quick look
     python compare.py --against ar mlm --plot claims.png --curves curves.png
@@ -37,6 +37,7 @@ import objectives
 import report
 from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, pick_device, read_checkpoint,
                     read_result, source_digests, weights_digest, write_atomically, write_json)
+from model import Config
 from objectives import OBJECTIVES, Options
 
 HERE = Path(__file__).parent
@@ -48,41 +49,41 @@ def compare(args):
     """Train and evaluate what is left, then write compare.json and print the tables."""
     # Everything that can be wrong comes before the first command
     settings = check(args)
-    runs = make_runs(settings, args)
-    for run in runs:
-        for words in evaluations(run, args):
-            check_evaluation(words, run)
-    plans = {run.folder: plan(run, args) for run in runs}
+    jobs = make_jobs(settings, args)
+    for job in jobs:
+        for words in evaluations(job, args):
+            check_evaluation(words, job)
+    plans = {job.folder: plan(job, args) for job in jobs}
 
     # Train and evaluate
-    for folder, (_, kept) in plans.items():
-        if kept:
-            names = [name_of(command) for command in kept]
+    for folder, planned in plans.items():
+        if planned.kept:
+            names = [name_of(command) for command in planned.kept]
             print(f"kept {folder}: {', '.join(names)}", flush=True)
-    execute([(run, plans[run.folder].left) for run in runs], args)
+    execute([(job, plans[job.folder].left) for job in jobs], args)
 
     # Only results of these weights count, and weights of this code
-    results = {setting.name: {} for setting in settings}
+    runs = {setting.name: {} for setting in settings}
     tests = {}
-    for run in runs:
-        results[run.setting.name][str(run.seed)] = collect(run, args, tests)
-    differences = report.find_differences(results, tests, args.against)
-    save(args, results, tests, differences)
+    for job in jobs:
+        runs[job.setting.name][str(job.seed)] = collect(job, args, tests)
+    differences = report.find_differences(runs, tests, args.against)
+    save(args, runs, tests, differences)
 
     # Show
-    report.show(results, differences)
+    report.show(runs, differences)
     if args.plot:
-        report.plot(results, tests, args.plot)
+        report.plot(runs, tests, args.plot)
     if args.curves:
-        report.plot_curves(results, args.curves)
+        report.plot_curves(runs, args.curves)
 
 
-def save(args, results, tests, differences):
+def save(args, runs, tests, differences):
     """Write compare.json."""
     contents = {"flags": vars(args), **git_state(),
                 "sources": source_digests(),
                 "evaluation_code": source_digests(EVALUATION_CODE),
-                "rule": report.RULE, "differences": differences, "runs": results, "tests": tests}
+                "rule": report.RULE, "differences": differences, "runs": runs, "tests": tests}
     text = as_json(contents)
     write_atomically(Path(args.out_dir, "compare.json"), lambda file: file.write(text.encode()))
 
@@ -110,8 +111,8 @@ class Setting(NamedTuple):
     options: dict                       # the flags in force, {name: value}; those of the preset filled in
 
 
-class Run(NamedTuple):
-    """A setting with one seed, trained and evaluated in a folder."""
+class Job(NamedTuple):
+    """A setting with one seed, trained and evaluated in a folder. What it measured is a run of report.py."""
     setting: Setting
     seed: int
     folder: Path
@@ -158,25 +159,33 @@ def parse(words):
     return parser.parse_args(words[1:])
 
 
-def check_evaluation(words, run):
+def check_evaluation(words, job):
     """Raises ValueError, one line, for an evaluation that would fail, or measure another checkpoint."""
     given = parse(words)
-    if given.checkpoint != [str(run.folder)] or given.results:
+    if given.checkpoint != [str(job.folder)] or given.results:
         raise ValueError(f"{words[0]}: --checkpoint and --results are chosen by compare.py")
-    importlib.import_module(words[0].removesuffix(".py")).check_flags(given)
+
+    # What the script would refuse, for the model that will be trained
+    module = importlib.import_module(words[0].removesuffix(".py"))
+    module.check_flags(given)
+    if hasattr(module, "check_model"):
+        options = job.setting.options
+        sizes = {name: options[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
+        config = Config(causal=OBJECTIVES[options["objective"]].causal, **sizes)
+        module.check_model(job.setting.name, config, given)
 
 
-def make_runs(settings, args):
-    """Every run, seed by seed: after the first seed each setting has a number already."""
+def make_jobs(settings, args):
+    """Every job, seed by seed: after the first seed each setting has a number already."""
     slugs = [re.sub(r"[^\w.]+", "-", setting.name).strip("-") for setting in settings]
     twice = [setting.name for setting, slug in zip(settings, slugs) if slugs.count(slug) > 1]
     if twice:
         raise ValueError(f"--runs names {twice[0]!r} twice")
-    runs = []
+    jobs = []
     for seed in args.seeds:
         for setting, slug in zip(settings, slugs):
-            runs.append(Run(setting, seed, Path(args.out_dir, f"{slug}-{seed}")))
-    return runs
+            jobs.append(Job(setting, seed, Path(args.out_dir, f"{slug}-{seed}")))
+    return jobs
 
 # -----------------------------------------------------------------------------
 # What is left to do. A run belongs to its code, data and flags, a result to the weights
@@ -193,21 +202,21 @@ class Command(NamedTuple):
     work: int                           # updates to train, or 1 for an evaluation: its time is estimated
 
 
-def evaluations(run, args):
-    """The commands that evaluate a run, as lists of words."""
-    checkpoint = ["--checkpoint", str(run.folder)]
+def evaluations(job, args):
+    """The commands that evaluate a trained job, as lists of words."""
+    checkpoint = ["--checkpoint", str(job.folder)]
     commands = []
     if args.eval_ppl != "none":
-        command = ["eval_ppl.py", *checkpoint, *shlex.split(args.eval_ppl)]
-        commands.append(command)
+        words = ["eval_ppl.py", *checkpoint, *shlex.split(args.eval_ppl)]
+        commands.append(words)
 
         # A model that saw fewer masks in training than it is shown is also scored with as few
-        given = parse(command)
-        options = argparse.Namespace(**run.setting.options)
+        given = parse(words)
+        options = argparse.Namespace(**job.setting.options)
         most = OBJECTIVES[options.objective].most_masks(options)
         fewer = most is not None and most < options.block_size
         if fewer and given.method == "left-to-right" and given.suffix != "matched":
-            commands.append([*command, "--suffix", "matched"])
+            commands.append([*words, "--suffix", "matched"])
     if args.eval_glue != "none":
         commands.append(["eval_glue.py", *checkpoint, *shlex.split(args.eval_glue)])
     if args.spectrum != "none":
@@ -220,23 +229,23 @@ class Plan(NamedTuple):
     kept: list                          # Commands that are finished
 
 
-def plan(run, args):
-    """The Plan of a run.
+def plan(job, args):
+    """The Plan of a job.
 
     Raises ValueError, one line, if its folder holds a run that is not this one, unless --overwrite is given.
     """
-    out_dir = ["--out_dir", str(run.folder)]
-    max_iters = run.setting.options["max_iters"]
-    train = ["train.py", *run.setting.words, "--seed", str(run.seed), *out_dir]
-    evaluate = [Command(words, 1) for words in evaluations(run, args)]
+    out_dir = ["--out_dir", str(job.folder)]
+    max_iters = job.setting.options["max_iters"]
+    train = ["train.py", *job.setting.words, "--seed", str(job.seed), *out_dir]
+    evaluate = [Command(words, 1) for words in evaluations(job, args)]
 
     # No run yet, or not this one
-    if not Path(run.folder, "ckpt.pt").exists():
+    if not Path(job.folder, "ckpt.pt").exists():
         return Plan([Command(train, max_iters), *evaluate], kept=[])
-    state, config = read_checkpoint(run.folder)
-    reason = mismatch(config, run)
+    state, config = read_checkpoint(job.folder)
+    reason = mismatch(config, job)
     if reason and not args.overwrite:
-        raise ValueError(f"{run.folder} was trained {reason}: --overwrite trains it again, "
+        raise ValueError(f"{job.folder} was trained {reason}: --overwrite trains it again, "
                          "or take another --out_dir")
     if reason:
         return Plan([Command([*train, "--overwrite"], max_iters), *evaluate], kept=[])
@@ -248,7 +257,7 @@ def plan(run, args):
 
     # Trained: what was measured on these weights
     weights = weights_digest(state["model"])
-    done = [command for command in evaluate if finished(command.words, run, weights)]
+    done = [command for command in evaluate if finished(command.words, job, weights)]
     left = [command for command in evaluate if command not in done]
     return Plan(left, kept=[Command(train, max_iters), *done])
 
@@ -259,7 +268,7 @@ def name_of(command):
     return command.words[0] + (" --suffix matched" if matched else "")
 
 
-def mismatch(config, run):
+def mismatch(config, job):
     """How a trained run differs from the one asked for, such as "with another model.py". "" if it does not.
 
     config: the config.json of the trained run.
@@ -274,53 +283,53 @@ def mismatch(config, run):
         return f"with another {', '.join(changed)}"
 
     # Data. A dataset that is not there any more cannot have changed
-    options = run.setting.options
+    options = job.setting.options
     meta = Path(options["data_dir"], options["dataset"], "meta.json")
     if meta.exists() and config.get("dataset", {}).get("meta") != file_sha256(meta):
         return f"on another dataset, {meta} has changed"
 
     # Flags. What is left to train.py's choice cannot differ
     used = config["train"]
-    for name, value in {**options, "seed": run.seed}.items():
+    for name, value in {**options, "seed": job.seed}.items():
         chosen = name not in FREE and value not in (None, "auto")
         if chosen and name in used and used[name] != value:
             return f"with {name} {used[name]}, not {value}"
     return ""
 
 
-def finished(words, run, weights):
+def finished(words, job, weights):
     """The JSON result of an evaluation, a command as a list of words. None if it is not finished.
 
     A command counts as finished once it has ended well (`mark_finished`), for the weights that it measured
     and the code that it measured them with.
     """
-    command = shlex.join(["python", *words])
-    if read_finished(run).get(command) != [weights, source_digests(EVALUATION_CODE)]:
+    line = shlex.join(["python", *words])
+    if read_finished(job).get(line) != [weights, source_digests(EVALUATION_CODE)]:
         return None
-    for path in [*sorted(run.folder.glob("eval_*.json")), run.folder / "spectrum.json"]:
+    for path in [*sorted(job.folder.glob("eval_*.json")), job.folder / "spectrum.json"]:
         result = read_result(path, weights)
-        if result and result["command"] == command:
+        if result and result["command"] == line:
             return result
     return None
 
 
-def read_finished(run):
-    """{command: [digest of the weights, digests of the code]}; {} if nothing is finished."""
+def read_finished(job):
+    """{command line: [digest of the weights, digests of the code]}; {} if nothing is finished."""
     try:
-        return json.loads(Path(run.folder, "finished.json").read_text(encoding="utf-8"))
+        return json.loads(Path(job.folder, "finished.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def mark_finished(words, run):
+def mark_finished(words, job):
     """Remember that an evaluation ended well.
 
     Its result alone does not say so: eval_glue.py writes it after every task.
     """
-    state, _ = read_checkpoint(run.folder)
+    state, _ = read_checkpoint(job.folder)
     entry = [weights_digest(state["model"]), source_digests(EVALUATION_CODE)]
-    command = shlex.join(["python", *words])
-    write_json(Path(run.folder, "finished.json"), {**read_finished(run), command: entry})
+    line = shlex.join(["python", *words])
+    write_json(Path(job.folder, "finished.json"), {**read_finished(job), line: entry})
 
 # -----------------------------------------------------------------------------
 # Running the commands
@@ -359,11 +368,12 @@ def how_it_ended(code):
 
 
 def execute(plans, args):
-    """Run what is left of every run, args.jobs runs in parallel, and say how much is left.
+    """Run what is left of every job, args.jobs of them in parallel, and say how much is left.
 
-    plans: [(run, [Command])]. If one command fails, the runs that are being worked on are finished, and the
+    plans: [(Job, [Command])]. If one command fails, the jobs that are being worked on are finished, and the
     rest is not begun.
     """
+    # How much there is to do
     left = Counter()                    # work not yet done, by script
     for _, commands in plans:
         for command in commands:
@@ -374,13 +384,14 @@ def execute(plans, args):
     begun = 0
 
     def time_left():
+        # By the time that each script has taken per unit of work
         waiting = [script for script in left if left[script]]
         if not all(done[script] for script in waiting):
             return "time left: known once each script has run"
         rest = sum(left[script] * seconds[script] / done[script] for script in waiting)
         return f"about {rest / 60 / args.jobs:.0f} min left"
 
-    def work_on(run, commands):
+    def work_on(job, commands):
         nonlocal begun
         for words, work in commands:
             begun += 1
@@ -389,14 +400,15 @@ def execute(plans, args):
             start = time.time()
             call(words, args)
             if words[0] != "train.py":
-                mark_finished(words, run)
+                mark_finished(words, job)
             left[words[0]] -= work
             done[words[0]] += work
             seconds[words[0]] += time.time() - start
 
+    # The commands of a job one after the other, args.jobs jobs at a time
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        futures = [pool.submit(work_on, run, commands) for run, commands in plans]
+        futures = [pool.submit(work_on, job, commands) for job, commands in plans]
         for future in as_completed(futures):
             future.result()
     finally:
@@ -405,26 +417,26 @@ def execute(plans, args):
 # -----------------------------------------------------------------------------
 # Reading the results
 
-def collect(run, args, tests):
-    """All numbers of a finished run, for compare.json. Adds the test sets to `tests`, {name: contents}.
+def collect(job, args, tests):
+    """All numbers of a finished job, for compare.json. Adds the test sets to `tests`, {name: contents}.
 
     Raises ValueError if a result is missing or belongs to other weights.
     """
-    state, config = read_checkpoint(run.folder)
-    reason = mismatch(config, run)
+    state, config = read_checkpoint(job.folder)
+    reason = mismatch(config, job)
     if reason:
-        raise ValueError(f"{run.folder} was trained {reason}; it changed while this comparison ran")
+        raise ValueError(f"{job.folder} was trained {reason}; it changed while this comparison ran")
 
     weights = weights_digest(state["model"])
     measurements = {}
-    for words in evaluations(run, args):
-        result = finished(words, run, weights)
+    for words in evaluations(job, args):
+        result = finished(words, job, weights)
         if result is None:
-            raise ValueError(f"{run.folder}: no result of: python {shlex.join(words)}")
+            raise ValueError(f"{job.folder}: no result of: python {shlex.join(words)}")
         measurements |= report.READERS[words[0]](result, tests)
-    curve = report.read_curve(run.folder / "log.jsonl")
+    curve = report.read_curve(job.folder / "log.jsonl")
     measurements |= report.own_loss(curve)
-    return {"folder": str(run.folder), "step": state["step"], "weights": weights,
+    return {"folder": str(job.folder), "step": state["step"], "weights": weights,
             "dataset": config.get("dataset"), "measurements": measurements, "curve": curve}
 
 # -----------------------------------------------------------------------------

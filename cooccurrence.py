@@ -148,8 +148,12 @@ def singular(A):
 
 
 def singular_values(A):
-    """s (V,) of N, falling."""
-    return singular(A)[0]
+    """s (V,) of N, falling, zeros beyond its rank."""
+    N = normalize(A)
+    R, V = N.shape
+    gram = N @ N.T if R < V else N.T @ N                            # the smaller one
+    squares = np.linalg.eigvalsh(gram)[::-1]                        # falling
+    return np.pad(np.sqrt(np.clip(squares, 0, None)), (0, V - len(squares)))
 
 
 def left_vectors(A, k):
@@ -352,10 +356,12 @@ def part2(args):
         root1 = np.sqrt(A.sum(1))[:, None]
         root2 = np.sqrt(A.sum(0))[:, None]
 
+        # The identity at random f and g
         f, g = [rng.standard_normal((size, 3)) for size in A.shape]
         rest = N - root1 * f @ (root2 * g).T
         identity = spectral_loss(A, f, g) - (rest ** 2).sum() + (N ** 2).sum()
 
+        # What Adam finds, against the least loss and the singular vectors
         f, g, loss = factorize(A, 3, seed=args.seed)
         top = singular_values(A)[:3]
         above = loss + (top ** 2).sum()
@@ -478,8 +484,8 @@ def part3(args):
     print("rho = 0.5, the default language: smaller singular values, better probe. "
           "Bayes error 0.0667")
     compare_probes(rho=0.5)
-    print("\nrho = 0.8: every singular value smaller, yet a WORSE probe: the bound does not order the errors. "
-          "Bayes error 0.0667")
+    print("\nrho = 0.8: every singular value smaller, yet a WORSE probe: the bound does not order the "
+          "errors. Bayes error 0.0667")
     compare_probes(rho=0.8)
 
     print("\nProbe error at rank 3, features learned from N texts (rho = 0.5, mean of 5 samples)")
@@ -492,11 +498,15 @@ def part3(args):
 # -----------------------------------------------------------------------------
 # 4. Contexts that never repeat
 
+TARGETS_PER_CONTEXT = {"ar": 1, "dar(2)": 2, "dar(4)": 4, "dar(8)": 8, "mlm, 8 masks": 8}
+
+
 def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
     """N texts with rho = 0, in which every context of k tokens occurs once: a row of its own.
 
     Returns topics (N, C) one-hot, {objective: A (N, V)}.
     """
+    # The texts
     rng = np.random.default_rng((seed, N))
     V = C * S
     topic = rng.integers(C, size=N)
@@ -505,14 +515,12 @@ def unique_contexts(N, seed=0, C=4, S=15, n=16, k=8, eps=0.2):
     clean = rng.random((N, n)) < 1 - eps
     x = np.where(clean, synonym, noise)                                         # (N, n)
 
-    future = x[:, k:]
+    # The targets of each objective, (N, how many)
     shuffled = rng.permuted(x, axis=1)
-    targets = {
-        "ar": future[:, :1],
-        "dar(2)": future[:, :2],
-        "dar(4)": future[:, :4],
-        "dar(8)": future[:, :8],
-        "mlm, 8 masks": shuffled[:, k:]}
+    targets = {}
+    for name, t in TARGETS_PER_CONTEXT.items():
+        text = shuffled if name.startswith("mlm") else x
+        targets[name] = text[:, k:k + t]
     one_hot = np.eye(V)
     matrices = {name: one_hot[y].mean(1) / N for name, y in targets.items()}
     return np.eye(C)[topic], matrices
@@ -545,11 +553,12 @@ def part4(args):
                 numbers = [r["parts"], r["s_2"], r["tail"], *errors]
                 rows.setdefault(name, []).append(numbers)
 
-        for (name, values), t in zip(rows.items(), (1, 2, 4, 8, 8)):
-            parts, s_2, tail, low, full = np.mean(values, axis=0)
+        for name, values in rows.items():
+            t = TARGETS_PER_CONTEXT[name]
+            parts, s_2, tail, error_4, error_60 = np.mean(values, axis=0)
             ideal = describe(limit_spectrum(t), C=4)
-            low = "-" if t == 1 else low                # ar: any 4 of 60 equal directions
-            line(name, N, f"{parts:.1f}", s_2, ideal["s_2"], tail, ideal["tail"], low, full)
+            shown = "-" if t == 1 else error_4          # ar: any 4 of 60 equal directions
+            line(name, N, f"{parts:.1f}", s_2, ideal["s_2"], tail, ideal["tail"], shown, error_60)
     return {}
 
 # -----------------------------------------------------------------------------

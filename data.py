@@ -10,7 +10,7 @@ Documents -> tokens -> memory-mapped shards -> windows.
 
 A dataset is a folder data/NAME: train_0000.npy, ..., val_0000.npy, ... (token ids, end-of-text after each
 document), tokenizer.json, unigram.npy (how often each id occurs in train) and meta.json (sources, counts,
-sha256). It is made in data/NAME/new and moved into place when complete, so that an old dataset stays until
+sha256). It is made in data/NAME/.new and moved into place when complete, so that an old dataset stays until
 the new one works. After a crash, run the same command again: it produces the same bytes, on any number of
 cores, and downloads resume.
 """
@@ -26,6 +26,7 @@ import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -239,35 +240,19 @@ def load(name, data_dir=DATA_DIR, full=False):
     """
     check_name(name)
     folder = os.path.join(data_dir, name)
-    try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
-            meta = json.load(file)
-        dtype = np.dtype(meta["dtype"])
-        vocab_size = meta["vocab_size"]
-        listed = [(split, shard["file"], shard["tokens"], shard["sha256"])
-                  for split in SPLITS for shard in meta["splits"][split]["shards"]]
-    except FileNotFoundError:
-        found = ", ".join(sorted(path.parent.name for path in Path(data_dir).glob("*/meta.json")))
-        raise DataError(f"there is no dataset {folder} (existing ones: {found or 'none'}). It is made by: "
-                        f"{how_to_make(name, data_dir)}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(os.path.join(folder, "meta.json"), repr(error), name, data_dir) from None
+    meta, dtype, listed = read_meta(name, data_dir)
+    vocab_size = meta["vocab_size"]
 
+    # The shards
     splits = {"train": [], "val": []}
-    for split, file, tokens, sha256 in listed:
-        path = os.path.join(folder, file)
+    for shard in listed:
+        path = os.path.join(folder, shard.file)
         try:
-            ids = np.lib.format.open_memmap(path, mode="r")
-            if ids.dtype != dtype or ids.shape != (tokens,):
-                raise ValueError(f"it holds {ids.dtype} {ids.shape}, not {dtype} ({tokens},)")
-            if largest_id(ids, full) >= vocab_size:
-                raise ValueError(f"it holds an id beyond the vocabulary of {vocab_size}")
-            if full and file_sha256(path) != sha256:
-                raise ValueError("its sha256 does not match meta.json")
+            ids = open_shard(path, shard, dtype, vocab_size, full)
         except (OSError, ValueError, EOFError) as error:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else error
             raise damaged(path, reason, name, data_dir, meta) from None
-        splits[split].append(ids)
+        splits[shard.split].append(ids)
 
     # What belongs to them
     for file in ("tokenizer.json", "unigram.npy"):
@@ -283,6 +268,50 @@ def load(name, data_dir=DATA_DIR, full=False):
             path = os.path.join(folder, "unigram.npy")
             raise damaged(path, "it does not count train", name, data_dir, meta)
     return meta, splits
+
+
+class Shard(NamedTuple):
+    """What meta.json says about a shard."""
+    split: str                      # "train" or "val"
+    file: str
+    tokens: int
+    sha256: str
+
+
+def read_meta(name, data_dir):
+    """(meta.json of a dataset, the dtype of its ids, a Shard for each of its shards). Raises DataError."""
+    path = os.path.join(data_dir, name, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+
+        # What is needed of it
+        dtype = np.dtype(meta["dtype"])
+        if not isinstance(meta["vocab_size"], int):
+            raise ValueError(f"vocab_size is {meta['vocab_size']!r}")
+        shards = []
+        for split in SPLITS:
+            for shard in meta["splits"][split]["shards"]:
+                shards.append(Shard(split, shard["file"], shard["tokens"], shard["sha256"]))
+    except FileNotFoundError:
+        found = ", ".join(sorted(other.parent.name for other in Path(data_dir).glob("*/meta.json")))
+        raise DataError(f"there is no dataset {os.path.dirname(path)} (existing ones: {found or 'none'}). "
+                        f"It is made by: {how_to_make(name, data_dir)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(path, repr(error), name, data_dir) from None
+    return meta, dtype, shards
+
+
+def open_shard(path, shard, dtype, vocab_size, full):
+    """The ids of a shard, (n,), memory-mapped. Raises OSError, EOFError or ValueError if it is not that one."""
+    ids = np.lib.format.open_memmap(path, mode="r")
+    if ids.dtype != dtype or ids.shape != (shard.tokens,):
+        raise ValueError(f"it holds {ids.dtype} {ids.shape}, not {dtype} ({shard.tokens},)")
+    if largest_id(ids, full) >= vocab_size:
+        raise ValueError(f"it holds an id beyond the vocabulary of {vocab_size}")
+    if full and file_sha256(path) != shard.sha256:
+        raise ValueError("its sha256 does not match meta.json")
+    return ids
 
 
 SCAN = 2**16            # tokens at the start of each shard whose ids are checked whenever it is loaded
@@ -372,8 +401,8 @@ def few(shards, tokens):
 # The old dataset stays until the new one is complete
 
 def make(folder, wanted, urls):
-    """Make the dataset in folder/new, then move it to `folder`. Returns meta.json."""
-    new = os.path.join(folder, "new")
+    """Make the dataset in folder/.new, then move it to `folder`. Returns meta.json."""
+    new = os.path.join(folder, ".new")
     shutil.rmtree(new, ignore_errors=True)                  # of a run that was killed
     try:
         # The sources: files that are here, or what is needed of the Pile's shards
@@ -398,11 +427,11 @@ def make(folder, wanted, urls):
 
 
 def finish_replacing(folder):
-    """If folder/new holds a complete dataset, put it in place of the old one.
+    """If folder/.new holds a complete dataset, put it in place of the old one.
 
     When it is stopped in between, there is no meta.json in `folder`, and the next call does the rest.
     """
-    new = Path(folder, "new")
+    new = Path(folder, ".new")
     if not Path(new, "meta.json").exists():
         return
     with open(new / "meta.json", encoding="utf-8") as file:
@@ -410,8 +439,9 @@ def finish_replacing(folder):
     shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
 
     # Remove the old one, meta.json first
+    number = "[0-9]" * 4 + "*"
     Path(folder, "meta.json").unlink(missing_ok=True)
-    for pattern in ("train_*.npy", "val_*.npy", "*.tmp"):
+    for pattern in (f"train_{number}.npy", f"val_{number}.npy", "*.tmp"):
         for path in Path(folder).glob(pattern):
             if path.name not in shards:
                 path.unlink()
@@ -449,10 +479,11 @@ def check_arguments(wanted, files, urls):
     elif not files:
         raise DataError(f"--dataset {name} needs --files")
 
-    bpe = re.fullmatch(r"gpt2|bytes|bpe:(\d{1,6})", wanted["tokenizer"])
-    if not bpe or int(bpe[1] or 257) < 257:
-        raise DataError("tokenizer must be gpt2, bytes or bpe:N with N of at least 257, "
-                        f"not {wanted['tokenizer']}")
+    tokenizer = wanted["tokenizer"]
+    bpe = re.fullmatch(r"bpe:(\d{1,6})", tokenizer)
+    large_enough = bpe is not None and int(bpe[1]) >= 257
+    if tokenizer not in ("gpt2", "bytes") and not large_enough:
+        raise DataError(f"tokenizer must be gpt2, bytes or bpe:N with N of at least 257, not {tokenizer}")
     if not 0 < wanted["val_fraction"] < 1:
         raise DataError(f"val_fraction must be between 0 and 1, not {wanted['val_fraction']}")
     if not 1 <= wanted["shard_tokens"] <= 10**9:

@@ -289,7 +289,9 @@ def choose_split(sources, val_fraction):
 
     Only reads until it has seen a document on each side.
     """
-    hashes = set()
+    limit = val_fraction * 2**64
+    lowest = math.inf
+    highest = -1
     problem = None
     for source in sources:
         for document in documents(source):
@@ -298,16 +300,18 @@ def choose_split(sources, val_fraction):
                 continue
             text = next((text for text, _ in cut(document)), "")
             if text:
-                hashes.add(document_hash(text))
-                if min(hashes) < val_fraction * 2**64 <= max(hashes):
+                number = document_hash(text)
+                lowest = min(lowest, number)
+                highest = max(highest, number)
+                if lowest < limit <= highest:
                     return SplitRule(val_fraction)
 
-    if not hashes:
+    # All documents are on one side
+    if highest < 0:
         raise problem or DataError("there is no text in the files")
-    if len(hashes) == 1:
+    if lowest == highest:
         return cut_in_two(sources, val_fraction)
-    lowest, *_, highest = sorted(hashes)
-    if lowest >= val_fraction * 2**64:
+    if lowest >= limit:
         return SplitRule(math.nextafter(lowest / 2**64, 1))     # just above the lowest: it alone is val
     return SplitRule(math.nextafter(highest / 2**64, 0))        # just below the highest: it alone is train
 
@@ -344,11 +348,16 @@ def pieces(sources, split, report):
             elif split.train_characters is not None:
                 yield from two_parts(document, split.train_characters)
             else:
-                side = None
-                for text, last in cut(document):
-                    if side is None:
-                        side = "val" if document_is_val(text, split.val_fraction) else "train"
-                    yield side, text, last
+                yield from one_side(document, split.val_fraction)
+
+
+def one_side(document, val_fraction):
+    """The pieces of a document, all of them on the side that its beginning decides."""
+    side = None
+    for text, last in cut(document):
+        if side is None:
+            side = "val" if document_is_val(text, val_fraction) else "train"
+        yield side, text, last
 
 
 def two_parts(document, train_characters):
@@ -362,7 +371,8 @@ def two_parts(document, train_characters):
             yield "train", text, False
             left -= len(text)
         elif left > 0:
-            end = text.rfind("\n", left * 9 // 10, left) + 1 or left
+            line_end = text.rfind("\n", left * 9 // 10, left) + 1       # 0: no line ends there
+            end = line_end if line_end > 0 else left
             yield "train", text[:end], True
             if end < len(text):
                 yield "val", text[end:], last

@@ -29,7 +29,6 @@ that differ only in their seed differ by more.
 """
 import json
 import math
-import shlex
 import sys
 import time
 from typing import NamedTuple
@@ -37,8 +36,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import (Parser, add_device_flags, align, check_different, load_checkpoint, one_line_errors,
-                    pick_device, read_result, result_path, write_result)
+from common import (Parser, add_device_flags, align, check_different, command_line, load_checkpoint,
+                    one_line_errors, pick_device, read_result, result_path, write_result)
 from features import extract, tokenize
 from finetune import LEARNING_RATES, finetune_seeds
 from glue_data import BUILT_IN, GLUE, METRICS, bootstrap, check_files, limit, load_task
@@ -78,7 +77,7 @@ def evaluate(model, encoding, task, args):
         by_source["majority"] = majority
         for metric in task.metrics:
             for number, (name, split) in enumerate(task.dev.items()):
-                row = {"task": test_name(task, name), "metric": metric,
+                row = {"task": dev_name(task, name), "metric": metric,
                        "pool": pool_kind, "layer": args.layer, "directions": directions,
                        **protocol(args),
                        "n_train": len(task.train.y), "n_dev": len(split.y),
@@ -96,6 +95,7 @@ def probe_all(model, task, eot, pools, args):
     `--layer best` is the layer whose probe is best on the held-out examples of the training split,
     for each pooling and number of directions. Dev has no say in it.
     """
+    # What is probed: {source: (model, its layers to choose from)}
     layers = [args.layer]
     if args.layer == "best":
         layers = range(1, model.config.n_layer + 1)
@@ -104,6 +104,7 @@ def probe_all(model, task, eot, pools, args):
                "untrained": (untrained(model), [0])}        # [0]: its blocks start as the identity
     metric = METRICS[task.metrics[0]]
 
+    # Features once per layer, then a probe for each pooling and number of directions
     fits = {(kind, k): {} for kind in pools for k in args.directions or [None]}
     for source, (network, candidates) in sources.items():
         for layer in candidates:
@@ -214,12 +215,12 @@ def protocol(args):
             "max_train": args.max_train, "finetune": recipe}
 
 
-def test_name(task, split):
+def dev_name(task, split):
     """Of a dev set: "RTE", or "MNLI matched" where the task has several."""
     return f"{task.name} {split}".strip()
 
 
-def test_labels(task):
+def dev_labels(task):
     """{"TASK" or "TASK SPLIT": {"labels", "groups"}} of the dev sets.
 
     A row's predictions are compared with them. groups is None where each example is a group of its own.
@@ -227,7 +228,7 @@ def test_labels(task):
     tests = {}
     for name, split in task.dev.items():
         alone = len(np.unique(split.groups)) == len(split.groups)
-        tests[test_name(task, name)] = {
+        tests[dev_name(task, name)] = {
             "labels": compact(split.y, task.classes),
             "groups": None if alone else split.groups.tolist()}
     return tests
@@ -429,22 +430,29 @@ def load_tasks(args):
             for name in names]
 
 
-def load_checkpoints(args, device):
-    """{checkpoint: (model, config, encoding)}. Raises ValueError if one cannot be evaluated."""
-    loaded = {}
-    for checkpoint in args.checkpoint:
-        model, config = load_checkpoint(checkpoint, device, args.dtype)
-        check_model(checkpoint, model.config, args)
-        loaded[checkpoint] = model, config, load_tokenizer(checkpoint, model.config.vocab_size)
-    return loaded
+class LoadedCheckpoint(NamedTuple):
+    """A model, and what of its training matters here."""
+    path: str
+    model: torch.nn.Module
+    config: dict                        # config.json, with the step and the digest of the weights
+    encoding: object                    # its tokenizer
 
 
-def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, command):
+def load(path, args, device):
+    """A LoadedCheckpoint. Raises ValueError if it cannot be evaluated."""
+    model, config = load_checkpoint(path, device, args.dtype)
+    check_model(path, model.config, args)
+    return LoadedCheckpoint(path, model, config, load_tokenizer(path, model.config.vocab_size))
+
+
+def evaluate_checkpoint(checkpoint, tasks, args, command):
     """Evaluate one checkpoint, write its JSON file after every task.
 
     Returns its rows, and whether all were written.
     """
-    weights = config["weights"]
+    model = checkpoint.model
+    weights = checkpoint.config["weights"]
+    path = result_path(checkpoint.path, "eval_glue.json", args.results)
     if path.exists() and read_result(path, weights) is None:
         print(f"{path} is replaced: it holds results of other weights", flush=True)
 
@@ -453,7 +461,7 @@ def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, 
     for task in tasks:
         # Compute
         start = time.time()
-        rows, cut = evaluate(model, encoding, task, args)
+        rows, cut = evaluate(model, checkpoint.encoding, task, args)
         seconds = round(time.time() - start, 1)
         dtype = str(model.dtype).removeprefix("torch.")
         for row in rows:
@@ -461,13 +469,13 @@ def evaluate_checkpoint(checkpoint, model, config, encoding, tasks, path, args, 
         found += rows
 
         # Write. The file is read again each time: another process may have added to it
-        report = {"checkpoint": checkpoint, "step": config["step"], "weights": weights,
-                  "command": command, "results": rows, "tests": test_labels(task)}
+        report = {"checkpoint": checkpoint.path, "step": checkpoint.config["step"], "weights": weights,
+                  "command": command, "results": rows, "tests": dev_labels(task)}
         if saved:
             saved = write_result(path, merge(read_result(path, weights), report))
         malformed = f"{task.malformed} malformed rows skipped, " if task.malformed else ""
-        print(f"{checkpoint}: {task.name}: {progress_line(rows)} | {len(task.train.y)} training examples, "
-              f"{malformed}{cut} texts cut to {model.config.block_size} tokens, {seconds} s", flush=True)
+        print(f"{checkpoint.path}: {task.name}: {progress_line(rows)} | "
+              f"{len(task.train.y)} training examples, {malformed}{cut} texts cut to {model.config.block_size} tokens, {seconds} s", flush=True)
     return found, saved
 
 
@@ -476,16 +484,15 @@ def run(args, command):
     # Everything that can be missing or wrong comes first
     check_flags(args)
     device = pick_device(args.device)
-    loaded = load_checkpoints(args, device)
+    loaded = [load(path, args, device) for path in args.checkpoint]
     tasks = load_tasks(args)
 
     # On a GPU, cuDNN's attention would plan again for each of hundreds of shapes
     torch.backends.cuda.enable_cudnn_sdp(False)
     columns = {}
     all_saved = True
-    for checkpoint, parts in loaded.items():
-        path = result_path(checkpoint, "eval_glue.json", args.results)
-        columns[checkpoint], saved = evaluate_checkpoint(checkpoint, *parts, tasks, path, args, command)
+    for checkpoint in loaded:
+        columns[checkpoint.path], saved = evaluate_checkpoint(checkpoint, tasks, args, command)
         all_saved = all_saved and saved
     kind = "fine-tuned, median [range] of seeds" if args.finetune else "linear probe"
     print(f"\n{kind}, percent ± bootstrap standard error\n{table(columns, args.by_length)}")
@@ -495,9 +502,8 @@ def run(args, command):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        run(args, shlex.join(["python", "eval_glue.py", *words]))
+        run(args, command_line("eval_glue.py", argv))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ is wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD 
 -matched, and by -N-windows with --max_windows N. Other flags write to the same file.
 """
 import math
-import shlex
 import sys
 import time
 from functools import partial
@@ -45,8 +44,8 @@ from tqdm import tqdm
 import data
 import texts
 import tokenizer
-from common import (Parser, add_device_flags, align, check_different, check_plot, load_checkpoint,
-                    one_line_errors, pick_device, result_path, save_figure, write_result)
+from common import (Parser, add_device_flags, align, check_different, check_plot, command_line,
+                    load_checkpoint, one_line_errors, pick_device, result_path, save_figure, write_result)
 from objectives import OBJECTIVES, Draw, Options, mask_batch, options_of_run, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -242,21 +241,24 @@ def confidence(model, x, settings):
         window = x[rows]                                                # (B, T)
         inputs = torch.full_like(window, model.config.mask_token)
         for left in progress(range(T, 0, -1)):                          # masks that are left in each row
-            # Score the text's token at all masks
+            # Score the text's tokens at all masks
             position = (inputs == model.config.mask_token).nonzero()[:, 1].view(-1, left)   # (B, left)
             hidden = model.features(inputs).take_along_dim(position[:, :, None], 1)     # (B, left, C)
-            scores = score(model, hidden.flatten(0, 1), window.gather(1, position).flatten())
+            flat = score(model, hidden.flatten(0, 1), window.gather(1, position).flatten())
+            scores = Scores(*[field.reshape(-1, left) for field in flat])       # (B, left) each
 
             # Keep the score where the model is surest, and show the token there
-            surest = scores.surest.reshape(-1, left)                    # (B, left)
-            equal = surest <= surest.min(axis=1, keepdims=True) + 1e-4  # all are, where all is masked
-            best = equal.argmax(axis=1)                                 # (B,), into position
+            least = scores.surest.min(axis=1, keepdims=True)            # (B, 1)
+            best = (scores.surest <= least + 1e-4).argmax(axis=1)       # (B,), the first of equals
             column = torch.from_numpy(best[:, None]).to(x.device)       # (B, 1)
             j = position.gather(1, column)                              # (B, 1), into the window
-            chosen = np.arange(len(rows)) * left + best                 # (B,), into the flat scores
-            out[:, rows, j[:, 0].numpy(force=True)] = [field[chosen] for field in scores]
+            row = np.arange(len(rows))
+            out[:, rows, j[:, 0].numpy(force=True)] = [field[row, best] for field in scores]
             inputs = inputs.scatter(1, j, window.gather(1, j))
     return Scores(*out), np.ones((n, T))
+
+# -----------------------------------------------------------------------------
+# An even sample
 
 def grid(n, samples, levels):
     """(n, S) of 0 .. levels-1: for each of n windows an even grid of S = min(samples, levels) numbers.
@@ -405,16 +407,16 @@ def measure(checkpoint, windows, method, settings, contexts, device):
     measured = evaluate(checkpoint.model, torch.from_numpy(x).to(device), method, settings, contexts)
 
     # Bytes and words of the text that is scored
-    n_bytes, n_words = texts.token_sizes(windows.ids, checkpoint.encoding)      # (n, T), (n, T)
+    token_bytes, token_words = texts.token_sizes(windows.ids, checkpoint.encoding)      # (n, T) each
     if METHODS[method].by_prompt:                               # a window's first token is only read
-        n_bytes[:, 0] = 0
-        n_words[:, 0] = 0
+        token_bytes[:, 0] = 0
+        token_words[:, 0] = 0
 
     # Sums over each document
     document, unit = texts.clusters(windows.document)           # (n, T)
-    add_up = partial(sum_by, document)
-    n_bytes = add_up(n_bytes)                                   # (documents,)
-    n_words = add_up(n_words)
+    add_up = partial(sum_by, document)                          # (n, T) -> (documents,)
+    n_bytes = add_up(token_bytes)
+    n_words = add_up(token_words)
     sums = {}
     for name, (scores, weights) in measured.items():
         sums[name] = Sums(nats=add_up(scores.nats * weights),
@@ -698,21 +700,27 @@ def check_flags(args):
     check_plot(args.plot)
 
 
+def check_model(path, config, args):
+    """Raises ValueError, one line, if the flags do not fit a model. config: its model.Config."""
+    longest = max([1, *(args.prompt_lengths or []), *(args.context or [])])
+    if config.causal and METHODS[args.method].needs_masks:
+        raise ValueError(f"{path} is causal, it cannot fill masks: --method {args.method} does not apply")
+    if longest >= config.block_size:
+        raise ValueError(f"{path}: prompt and next token must fit into block_size {config.block_size}")
+
+
 def check(args, loaded):
     """Raises ValueError, one line, for what cannot be evaluated. loaded: a list of LoadedCheckpoints."""
-    longest = max([1, *(args.prompt_lengths or []), *(args.context or [])])
     for checkpoint in loaded:
         path = checkpoint.path
         config = checkpoint.model.config
-        if config.causal and METHODS[args.method].needs_masks:
-            raise ValueError(f"{path} is causal, it cannot fill masks: --method {args.method} does not apply")
-        if longest >= config.block_size:
-            raise ValueError(f"{path}: prompt and next token must fit into block_size {config.block_size}")
+        check_model(path, config, args)
         if args.suffix == "matched" and not config.causal and checkpoint.most_masks is None:
             objective = checkpoint.config["train"].get("objective")
             raise ValueError(f"{path}: how many masks {objective} saw in training is not known, which "
                              "--suffix matched needs; take full or one")
 
+    # --val: of one dataset
     datasets = {checkpoint.config["train"].get("dataset") for checkpoint in loaded}
     if args.val and (len(datasets) > 1 or None in datasets):
         raise ValueError("--val needs checkpoints that were trained on one and the same dataset; "
@@ -721,21 +729,26 @@ def check(args, loaded):
 
 def evaluate_checkpoint(checkpoint, text, windows, args, command):
     """Evaluate one checkpoint, write its JSON file. Returns the report, and whether it was written."""
-    # Say in one line what the numbers are
     method = METHODS[args.method]
     masks_follow = method.by_prompt and not checkpoint.model.config.causal
     suffix = args.suffix if masks_follow else None
-    notes = [method.note]
+
+    # Where the numbers go. Those of some windows replace no full result
+    name = f"eval_ppl_{text.name}_{args.method}"
+    if suffix in ("one", "matched"):
+        name += f"-{suffix}"
+    if args.max_windows:
+        name += f"-{args.max_windows}-windows"
+    path = result_path(checkpoint.path, f"{name}.json", args.results)
+
+    # What they are, in one line
+    meaning = method.note
     if masks_follow:
-        notes[0] += f" and {SUFFIXES[suffix]}; all: {args.samples} prompt lengths per window"
+        meaning += f" and {SUFFIXES[suffix]}; all: {args.samples} prompt lengths per window"
+    notes = [meaning]
     if checkpoint.ahead > 1:
         notes.append(f"trained on targets up to {checkpoint.ahead} tokens ahead, "
                      "scored as if they were the next token")
-    ending = f"-{suffix}" if suffix in ("one", "matched") else ""
-    if args.max_windows:                                            # some windows replace no full result
-        ending += f"-{args.max_windows}-windows"
-    name = f"eval_ppl_{text.name}_{args.method}{ending}.json"
-    path = result_path(checkpoint.path, name, args.results)
     notes.append(f"{len(windows.ids)} windows -> {path}")
     print(f"{checkpoint.path}: {'; '.join(notes)}", flush=True)
 
@@ -793,9 +806,8 @@ def run(args, command):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        run(args, shlex.join(["python", "eval_ppl.py", *words]))
+        run(args, command_line("eval_ppl.py", argv))
 
 
 if __name__ == "__main__":

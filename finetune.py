@@ -7,6 +7,7 @@ The learning rate is chosen on held-out training examples. Every seed starts aga
 which stays as it is.
 """
 import copy
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ def finetune_seeds(model, task, eot, kind, args):
     Returns (for each seed its predictions on each dev set; a dict that says how the rate was chosen).
     """
     metric = METRICS[task.metrics[0]]
-    n_classes = len(task.classes)
     rates = sorted(set(args.lr))
     train = task.train
+    fit = partial(finetune, model, n_classes=len(task.classes), eot=eot, kind=kind, args=args)
 
     # Choose the learning rate
     best = 0
@@ -43,14 +44,13 @@ def finetune_seeds(model, task, eot, kind, args):
         rest = subset(train, np.flatnonzero(~out))
         judged = subset(train, np.flatnonzero(out))
         for lr in rates:
-            [predicted] = finetune(model, rest, [judged], n_classes, eot, kind, lr, 0, args)
+            [predicted] = fit(rest, [judged], lr=lr, seed=0)
             values.append(metric(predicted, judged.y))
         best = best_rate(values)
 
     # Fine-tune on all of the training split
     dev = list(task.dev.values())
-    by_seed = [finetune(model, train, dev, n_classes, eot, kind, rates[best], seed, args)
-               for seed in range(args.seeds)]
+    by_seed = [fit(train, dev, lr=rates[best], seed=seed) for seed in range(args.seeds)]
 
     at_edge = len(rates) > 1 and best in (0, len(rates) - 1)
     how = {"lr": rates[best], "at_edge": at_edge, "held_out": dict(zip(map(str, rates), values))}

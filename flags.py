@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
@@ -107,7 +108,7 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
     return p
 
 
-SIZES = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "max_iters",
+AT_LEAST_1 = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "max_iters",
          "eval_interval", "eval_sequences", "save_interval", "log_interval"]
 
 # What cannot change when a run is resumed: it defines the model, the objective or the random numbers
@@ -144,6 +145,7 @@ def saved_flags(parser, argv, out_dir):
     The folder is the one on the command line, wherever the run was when it began.
     Raises ValueError for a flag that cannot change.
     """
+    # The saved flags become the defaults
     saved = read_config(out_dir).get("train")
     if not saved or "dataset" not in saved:
         raise ValueError(f"{out_dir} cannot be resumed: its config.json holds no flags of train.py")
@@ -155,6 +157,7 @@ def saved_flags(parser, argv, out_dir):
     if args.preset == "auto":                   # was settled when the run began
         args.preset = saved["preset"]
 
+    # What cannot change
     changed = [name for name in FIXED if name in saved and getattr(args, name) != saved[name]]
     if changed:
         before = ", ".join(f"{name} {saved[name]}" for name in changed)
@@ -189,7 +192,7 @@ def fill_preset(args, device):
 def check_args(args):
     """Raises ValueError, one line, for flags that make no sense together."""
     # Ranges
-    for name in SIZES:
+    for name in AT_LEAST_1:
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
     if args.block_size < 2:
@@ -218,10 +221,16 @@ def check_args(args):
 
 
 def check_folder(args):
-    """Raises DataError if out_dir holds a run that a new one would replace unasked."""
-    if not args.resume and not args.overwrite and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+    """Raises DataError if a new run would replace files in out_dir unasked."""
+    if args.resume or args.overwrite:
+        return
+    if os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
         raise DataError(f"{args.out_dir} already holds a run: "
                         "continue it with --resume, or replace it with --overwrite")
+    config = Path(args.out_dir, "config.json")              # of a run that was killed before it saved?
+    if config.exists() and b'"sources"' not in config.read_bytes():
+        raise DataError(f"{config} was not written by train.py: "
+                        "name another --out_dir, or replace it with --overwrite")
 
 
 def flag_without_effect(args, vocab_size):

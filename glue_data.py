@@ -13,6 +13,7 @@ from files of its validation split. So no test file was seen in pretraining or b
 """
 import os
 import shlex
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -111,12 +112,15 @@ METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pear
            "Spearman": spearman}
 
 
-def bootstrap(metric, predicted, true, groups, samples=500):
+RESAMPLES = 500
+
+
+def bootstrap(metric, predicted, true, groups, samples=RESAMPLES):
     """Standard error of metric(predicted, true): its standard deviation over resamples of the groups."""
     return float(resample_metric(metric, predicted, true, groups, samples)[1:].std(ddof=1))
 
 
-def resample_metric(metric, predicted, true, groups, samples=500):
+def resample_metric(metric, predicted, true, groups, samples=RESAMPLES):
     """metric(predicted, true), then the same on resamples of the groups, (1 + samples,) float64.
 
     groups: (n,) numbers; examples of one group are not independent and stay together.
@@ -130,7 +134,7 @@ def resample_metric(metric, predicted, true, groups, samples=500):
     return resample(value, group.max() + 1, samples)
 
 
-def resample(statistic, n, samples=500):
+def resample(statistic, n, samples=RESAMPLES):
     """A statistic of n independent test units and its resamples, (1 + samples,) float64.
 
     statistic(times) -> float, where times (n,) says how often each unit (document, example) counts: first 1
@@ -352,27 +356,28 @@ def stdlib_topic(files):
     parts = cut_files(files, chunks)
 
     # Chunks per package, in training and in test
-    size = {False: {}, True: {}}
-    for is_test, members in parts.items():
+    size = {side: Counter() for side in parts}
+    for side, members in parts.items():
         for member in members:
-            package = member.package
-            size[is_test][package] = size[is_test].get(package, 0) + len(member.pieces)
+            size[side][member.package] += len(member.pieces)
 
     # The classes: largest first, and only packages that the test can show
-    packages = [name for name in size[False] if name and size[True].get(name, 0) >= 5]
-    packages.sort(key=lambda name: (-size[False][name], name))
+    packages = [name for name in size["train"] if name and size["test"][name] >= 5]
+    packages.sort(key=lambda name: (-size["train"][name], name))
     classes = tuple(sorted(packages[:MAX_CLASSES]))
 
     # At most PER_CLASS chunks of each, in the order of the files
     rng = np.random.default_rng(0)
-    rows = {False: [], True: []}                                    # (texts, class, file number)
-    for is_test, members in parts.items():
+    examples = {side: [] for side in parts}
+    for side, members in parts.items():
         for label, package in enumerate(classes):
-            mine = [((text,), label, member.number)
-                    for member in members if member.package == package for text in member.pieces]
+            mine = []
+            for member in members:
+                if member.package == package:
+                    mine += [Example((text,), label, member.number) for text in member.pieces]
             chosen = sorted(rng.permutation(len(mine))[:PER_CLASS])
-            rows[is_test] += [mine[i] for i in chosen]
-    return make_task("stdlib-topic", rows, classes)
+            examples[side] += [mine[i] for i in chosen]
+    return make_task("stdlib-topic", examples, classes)
 
 
 def stdlib_pair(files):
@@ -384,8 +389,8 @@ def stdlib_pair(files):
     chance: only context helps. (Not so a maximum: texts that belong together share more tokens.)
     """
     rng = np.random.default_rng(0)
-    rows = {False: [], True: []}                                    # (texts, class, file number)
-    for is_test, members in cut_files(files, halves).items():
+    examples = {"train": [], "test": []}
+    for side, members in cut_files(files, halves).items():
         pairs = [(pair, member.number) for member in members for pair in member.pieces]
         chosen = sorted(rng.permutation(len(pairs))[:MAX_PAIRS])
         pairs = [pairs[i] for i in chosen]                          # still in the order of the files
@@ -396,9 +401,9 @@ def stdlib_pair(files):
         shift = int(rng.integers(largest, max(largest, n - largest) + 1))
         for i, ((first, second), number) in enumerate(pairs):
             (_, foreign), _ = pairs[(i + shift) % n]
-            rows[is_test].append(((first, second), 1, number))
-            rows[is_test].append(((first, foreign), 0, number))
-    return make_task("stdlib-pair", rows, ("other", "continues"), HALF)
+            examples[side].append(Example((first, second), 1, number))
+            examples[side].append(Example((first, foreign), 0, number))
+    return make_task("stdlib-pair", examples, ("other", "continues"), HALF)
 
 
 BUILT_IN = {"stdlib-topic": stdlib_topic, "stdlib-pair": stdlib_pair}
@@ -411,13 +416,20 @@ class File(NamedTuple):
     pieces: list                            # chunks, or pairs
 
 
+class Example(NamedTuple):
+    """An example of a built-in task."""
+    texts: tuple                            # one or two
+    label: int                              # class number
+    file: int                               # number of its file: those of one file depend on each other
+
+
 def cut_files(files, cut):
-    """{False: training, True: test} -> list of File, with pieces = cut(text)."""
-    parts = {False: [], True: []}
+    """{"train": list of File, "test": list of File}, with pieces = cut(text)."""
+    parts = {"train": [], "test": []}
     for number, (path, text) in enumerate(files):
         package = path.split("/")[0] if "/" in path else ""
-        is_test = document_is_val(text, VAL_FRACTION["stdlib"])
-        parts[is_test].append(File(package, number, cut(text)))
+        side = "test" if document_is_val(text, VAL_FRACTION["stdlib"]) else "train"
+        parts[side].append(File(package, number, cut(text)))
     return parts
 
 
@@ -430,9 +442,10 @@ def chunks(text):
 
 
 def halves(text):
-    """Pairs of texts, the CHUNK characters before and after the end of a line, spread over the text.
+    """Pairs of texts, the CHUNK characters before and after the end of a line.
 
-    No word is cut in two, which would tell which texts belong together.
+    At most PER_FILE, from the beginning of the text, about one in 4 * CHUNK characters. No word is cut in
+    two, which would tell which texts belong together.
     """
     last = 0
     pairs = []
@@ -444,13 +457,13 @@ def halves(text):
     return pairs[:PER_FILE]
 
 
-def make_task(name, rows, classes, half=0):
-    """rows: {False: training, True: test} -> list of (texts, class, file number)."""
-    if len(classes) < 2 or not rows[False] or not rows[True]:
+def make_task(name, examples, classes, half=0):
+    """The Task of examples, {"train": list of Example, "test": list of Example}."""
+    if len(classes) < 2 or not examples["train"] or not examples["test"]:
         raise DataError(f"{name}: the standard library of this Python has too few source files")
     splits = []
-    for is_test in (False, True):
-        examples, y, groups = zip(*rows[is_test])
-        splits.append(Split(list(examples), np.array(y), np.array(groups)))
+    for side in ("train", "test"):
+        rows, y, groups = zip(*examples[side])
+        splits.append(Split(list(rows), np.array(y), np.array(groups)))
     train, dev = splits
     return Task(name, train, {"": dev}, classes, ("accuracy",), half=half)

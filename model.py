@@ -312,7 +312,9 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss, None, None, None
+        # d_loss itself is not rounded to 16 bits
+        d_hidden = (d_hidden.to(d_weight.dtype) * d_loss).to(d_hidden.dtype)
+        return d_hidden, d_weight * d_loss, None, None, None
 
 
 def extend_cache(cache, k, v):

@@ -354,7 +354,7 @@ def check_batch(batch, options):
                          f"of which {mask_token} is the mask token")
     require(not (targets == mask_token).any(),
             f"a target is the mask token, {mask_token}: targets are text, in unused slots too")
-    bad = first_outside(targets, mask_token)
+    bad = first_outside(targets, mask_token - 1)
     require(bad is None, f"a target is {bad}: targets are ids of text, 0 .. {mask_token - 1}, "
                          "in unused slots too (they have weight 0)")
     bad = first_outside(positions, inputs.size - 1)

@@ -136,11 +136,11 @@ def fit_path(X, y, K, strengths, tolerance=TOLERANCE):
     start = None
     for strength in strengths:
         if K:
-            fit = fit_softmax(X, y, K, strength, start, tolerance)
-            start = fit[:2]
+            W, b, gradient = fit_softmax(X, y, K, strength, start, tolerance)
+            start = W, b
         else:
-            fit = fit_ridge(X, y, strength)
-        yield fit
+            W, b, gradient = fit_ridge(X, y, strength)
+        yield W, b, gradient
 
 
 def fit_softmax(X, y, K, strength, start=None, tolerance=TOLERANCE):
@@ -156,7 +156,9 @@ def fit_softmax(X, y, K, strength, start=None, tolerance=TOLERANCE):
     """
     curvature = X.square().mean(dim=0)[:, None] / K + strength                  # (C, 1)
     scale = curvature ** -0.5
-    W, b = start or (X.new_zeros(X.size(1), K), X.new_zeros(K))
+    if start is None:
+        start = X.new_zeros(X.size(1), K), X.new_zeros(K)
+    W, b = start
     V = (W / scale).requires_grad_()
     b = b.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -165,8 +167,8 @@ def fit_softmax(X, y, K, strength, start=None, tolerance=TOLERANCE):
 
     def closure():
         optimizer.zero_grad()
-        W = scale * V
-        loss = F.cross_entropy(X @ W + b, y) + strength / 2 * W.square().sum()
+        weights = scale * V
+        loss = F.cross_entropy(X @ weights + b, y) + strength / 2 * weights.square().sum()
         loss.backward()
         return loss
 

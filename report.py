@@ -31,7 +31,7 @@ import numpy as np
 
 from common import DataError, Parser, check_plot, one_line_errors, save_figure
 from eval_glue import LABELS, title
-from glue_data import METRICS, resample, resample_metric
+from glue_data import METRICS, RESAMPLES, resample, resample_metric
 
 RULE = """\
 A difference is shown if it has the same sign in every seed and
@@ -41,8 +41,6 @@ Otherwise it may be chance: other seeds, or another text, could turn it round.""
 # Student's t, 97.5 % quantile, by number of seeds (with one seed nothing is known about their spread)
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
-RESAMPLES = 500
-
 # -----------------------------------------------------------------------------
 # Is a difference more than chance?
 
@@ -50,9 +48,14 @@ def is_shown(by_seed, se_test):
     """RULE. by_seed: (seeds,) differences, at least two."""
     n = len(by_seed)
     t = STUDENT.get(n, STUDENT[10])                         # more than ten: a little too strict
-    se_seeds = by_seed.std(ddof=1) / math.sqrt(n)
+    se_seeds = se_over_seeds(by_seed)
     same_sign = (by_seed > 0).all() or (by_seed < 0).all()
     return bool(same_sign and abs(by_seed.mean()) > math.hypot(t * se_seeds, 2 * se_test))
+
+
+def se_over_seeds(by_seed):
+    """Standard error of the mean of (seeds,) differences."""
+    return by_seed.std(ddof=1) / math.sqrt(len(by_seed))
 
 
 def errors(pairs):
@@ -69,7 +72,7 @@ def errors(pairs):
     se_seeds = None
     shown = None
     if len(pairs) > 1:
-        se_seeds = float(by_seed.std(ddof=1) / math.sqrt(len(pairs)))
+        se_seeds = float(se_over_seeds(by_seed))
         shown = is_shown(by_seed, se_test or 0)
     return {"mean": mean, "by_seed": by_seed.tolist(), "se_seeds": se_seeds, "se_test": se_test,
             "shown": shown}
@@ -214,9 +217,11 @@ def perplexities(result, tests):
 
 
 def probes(result, tests):
-    """The measurements in a result of eval_glue.py: the model, its baseline, and the gain over it."""
+    """The measurements of the last command in a result of eval_glue.py: model, baseline, and gain over it."""
     out = {}
     for row in result["results"]:
+        if row["command"] != result["command"]:                 # the file also keeps those of other commands
+            continue
         contents = result["tests"][row["task"]]
         test = remember(tests, row["task"], {"labels": contents["labels"], "groups": contents["groups"]})
         source = "embeddings" if row.get("embeddings") else "untrained"
@@ -463,7 +468,7 @@ def plot_budgets(runs, rows, path):
     # {setting without its length: {(setting, seed): run}}
     lines = {}
     for setting, by_seed in runs.items():
-        words = re.sub(r" --max_iters \S+", "", setting)
+        words = re.sub(r" --max_iters[ =]\S+", "", setting)
         for seed, run in by_seed.items():
             lines.setdefault(words, {})[setting, seed] = run
 
@@ -485,7 +490,7 @@ def plot_budget(lines, name, axes):
     """One measurement against the tokens seen, one curve for each of `lines` ({name: {key: run}})."""
     def points(run):
         """(million tokens, value), of a run that has the measurement."""
-        if name in run["measurements"]:
+        if name in run["measurements"] and run["curve"]:
             tokens, _ = run["curve"][-1]
             yield tokens / 1e6, run["measurements"][name]["value"]
 
@@ -644,7 +649,7 @@ def read(path, settings):
     if missing:
         raise DataError(f"{path} has no setting {missing[0]!r}, only: {', '.join(runs)}")
     for run in all_runs(runs):
-        run["measurements"] |= own_loss(run.get("curve"))
+        run["measurements"] |= own_loss(run.setdefault("curve", []))
     return {name: runs[name] for name in settings or runs}, tests
 
 
@@ -661,6 +666,7 @@ def keep(runs, rows):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     with one_line_errors():
+        # Everything that can be wrong with the command line
         for path in (args.plot, args.curves, args.budgets):
             check_plot(path)
         runs, tests = read(args.file, args.runs)
@@ -673,6 +679,7 @@ def main(argv=None):
         except re.error as error:
             raise DataError(f"--rows {args.rows!r} is not a regular expression: {error}") from None
 
+        # The measurements that are wanted, as tables and figures
         keep(runs, args.rows)
         if not measurement_names(runs):
             raise DataError(f"--rows {args.rows!r} finds no measurement in {args.file}")

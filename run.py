@@ -106,7 +106,8 @@ def all_reduce(tensor):
 
 def say(text):
     """Print a line, once for all processes."""
-    if rank_and_world()[0] == 0:
+    rank, _ = rank_and_world()
+    if rank == 0:
         with output_may_close():
             tqdm.write(text)
 
@@ -194,6 +195,14 @@ def load_data(args):
 # -----------------------------------------------------------------------------
 # The run's folder
 
+@contextlib.contextmanager
+def held_by_run(out_dir):
+    """`common.hold` for all processes: the first one holds the folder until the end of the block."""
+    with contextlib.ExitStack() as held:
+        in_first_process(lambda: held.enter_context(hold(out_dir)))
+        yield
+
+
 def flags_in_force(args):
     """The flags as config.json keeps them.
 
@@ -213,8 +222,9 @@ def check_space(out_dir, model):
     is kept until the next one is complete.
     """
     checkpoint = 3 * sum(p.numel() * p.element_size() for p in model.parameters())      # bytes
-    exists = os.path.exists(os.path.join(out_dir, "ckpt.pt"))
-    needed = checkpoint if exists else 2 * checkpoint
+    path = os.path.join(out_dir, "ckpt.pt")
+    old = os.path.getsize(path) if os.path.exists(path) else 0      # bytes, free once it is replaced
+    needed = max(checkpoint, 2 * checkpoint - old)
     free = shutil.disk_usage(out_dir).free
     if free < needed:
         raise DataError(f"{out_dir}: checkpoints of this model need {needed / 1e6:.1f} MB, and the disk has "
@@ -289,7 +299,7 @@ def finish_replacing(out_dir):
 
 def remove_run(out_dir):
     """Remove the files of a run, and the results that were measured on it."""
-    results = [name for name in os.listdir(out_dir) if name.startswith("eval_")]
+    results = [path.name for path in Path(out_dir).glob("eval_*.json")]
     for name in [*results, "finished.json", "spectrum.json", *RUN_FILES]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(out_dir, name))
@@ -443,6 +453,7 @@ def stop_vote():
     Processes must stop at the same step. So the flags of a step are combined while the next one runs, and
     read after it: on the CPU (gloo), without waiting for a GPU.
     """
+    # Signals that came so far in this process, and a group of its own for the vote
     _, world = rank_and_world()
     signals = [0]
     group = dist.new_group(backend="gloo") if world > 1 else None
@@ -451,6 +462,8 @@ def stop_vote():
     def vote():
         if world == 1:
             return signals[-1]
+
+        # Send this step's flag, read that of the step before
         flag = torch.tensor(signals[-1])
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
         running.append((work, flag))

@@ -135,13 +135,15 @@ def append_masked(model, ids, n, pick, order="left", steps=None, watch=None):
     while n:
         begin = len(context)
         end = min(begin + n, T)                             # new tokens of this window: begin .. end
-        passes = max(1, round(steps * (end - begin) / n))
+        passes = max(1, round(steps * (end - begin) / n))   # its share of the steps
 
         def watch_window(window):
             watch(ids + window[begin:end])
 
+        # Fill them in
         window = context + [model.config.mask_token] * (T - begin)          # (T,)
-        window = fill(model, window, pick, order, passes, end - begin, watch and watch_window)
+        window = fill(model, window, pick, order, passes, end - begin,
+                      watch_window if watch else None)
         ids = ids + window[begin:end]
         context = ids[-(T // 2):]
         n -= end - begin

@@ -25,7 +25,6 @@ Also written to CHECKPOINT/spectrum.json.
 """
 import math
 import os
-import shlex
 import sys
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ from tqdm import tqdm
 import cooccurrence
 import data
 from common import (DataError, Parser, add_device_flags, align, check_dataset, check_different, check_plot,
-                    load_checkpoint, one_line_errors, pick_device, result_path, save_figure,
+                    command_line, load_checkpoint, one_line_errors, pick_device, result_path, save_figure,
                     write_result)
 from model import Config
 from objectives import OBJECTIVES, Draw, options_of_run, window_size
@@ -50,11 +49,7 @@ def singular_values(P, weights):
     P (n, V) float64: each row a distribution. weights (n,): of the contexts, in any unit (1/n each, to
     get the definition above).
     """
-    N = cooccurrence.normalize(weights[:, None] * P)
-    n, V = N.shape
-    gram = N @ N.T if n < V else N.T @ N
-    squares = np.linalg.eigvalsh(gram)[::-1]
-    return np.pad(np.sqrt(np.clip(squares, 0, None)), (0, V - len(squares)))
+    return cooccurrence.singular_values(weights[:, None] * P)
 
 
 def chi2(P, weights, parts=1):
@@ -136,24 +131,19 @@ def mean_features(model, text):
 
 def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
     """The spectrum of a model on n contexts, as a dict of JSON values. Losses in nats."""
-    P = []
-    weights = []
-    losses = []
+    parts = []                          # (P, weights, losses) of each batch
     pooled = []
     for first in tqdm(range(0, n, batch_size), desc="contexts", leave=False, disable=None):
         indices = range(first, min(n, first + batch_size))
         contexts = sample_contexts(shards, options, indices, seed)
-        P.append(predict(model, contexts.inputs, contexts.position))
-        weights.append(contexts.weights)
-        likelihoods = np.take_along_axis(P[-1], contexts.targets, axis=1)           # (B, K)
-        losses.append(-np.log(likelihoods).mean(axis=1))
+        P = predict(model, contexts.inputs, contexts.position)                      # (B, V)
+        likelihoods = np.take_along_axis(P, contexts.targets, axis=1)               # (B, K)
+        parts.append((P, contexts.weights, -np.log(likelihoods).mean(axis=1)))
         if features:
             pooled.append(mean_features(model, contexts.text))
 
     # The model's joint distribution of context and target
-    P = np.concatenate(P)
-    weights = np.concatenate(weights)
-    losses = np.concatenate(losses)
+    P, weights, losses = [np.concatenate(arrays) for arrays in zip(*parts)]         # (n, V), (n,), (n,)
     s = singular_values(P, weights)
     hitting = cooccurrence.describe(s)["hitting"]
     whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
@@ -164,8 +154,9 @@ def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
               "hitting": hitting if hitting < math.inf else None,
               "singular_values": s[:1024].round(7).tolist()}
     if features:
-        result["effective_rank"], s = effective_rank(np.concatenate(pooled))
-        result["feature_singular_values"] = s.round(7).tolist()
+        rank, feature_values = effective_rank(np.concatenate(pooled))
+        result["effective_rank"] = rank
+        result["feature_singular_values"] = feature_values.round(7).tolist()
     return result
 
 # -----------------------------------------------------------------------------
@@ -187,25 +178,21 @@ def held_out_text(checkpoint, config, data_dir=None):
 
 def table(results):
     """{checkpoint: result} -> text with one column per checkpoint."""
-    columns = [dict(result) for result in results.values()]
-    numbers = [2 ** i for i in range(11)]                                   # s_1, s_2, s_4, .. s_1024
-
     def row(name, key, digits=3):
-        values = [column.get(key) for column in columns]
+        values = [result.get(key) for result in results.values()]
         return [name, *["-" if value is None else f"{value:.{digits}f}" for value in values]]
 
     rows = [["", *results], row("updates", "step", 0), row("loss on these contexts (nats)", "loss")]
-    for i in numbers:
-        for column in columns:
-            s = column["singular_values"]
-            column[f"s_{i}"] = s[i - 1] if i <= len(s) else None
-        rows.append(row(f"s_{i}", f"s_{i}"))
+    spectra = [result["singular_values"] for result in results.values()]
+    for i in [2 ** power for power in range(11)]:                           # s_1, s_2, s_4, .. s_1024
+        values = [f"{s[i - 1]:.3f}" if i <= len(s) else "-" for s in spectra]
+        rows.append([f"s_{i}", *values])
     rows += [row("chi2, all contexts", "chi2", 1),
              row("chi2, half of them", "chi2_half", 1),
              row("chi2, a quarter", "chi2_quarter", 1),
              row("chi2, extrapolated", "chi2_limit", 1),
              row("mean hitting time", "hitting", 0)]
-    if any("effective_rank" in column for column in columns):
+    if any("effective_rank" in result for result in results.values()):
         rows.append(row("effective rank", "effective_rank", 1))
     return align(rows)
 
@@ -255,15 +242,19 @@ def check_flags(args):
 
 def run(args, command):
     """Measure the checkpoints one after the other, write their JSON files, print the table."""
+    # Read and check everything before the work begins
     check_flags(args)
     device = pick_device(args.device)
+    loaded = []
+    for checkpoint in args.checkpoint:
+        model, config = load_checkpoint(checkpoint, device, args.dtype)
+        shards, options = held_out_text(checkpoint, config, args.data_dir)
+        loaded.append((checkpoint, model, config, shards, options))
 
     # Measure and write
     results = {}
     all_saved = True
-    for checkpoint in args.checkpoint:
-        model, config = load_checkpoint(checkpoint, device, args.dtype)
-        shards, options = held_out_text(checkpoint, config, args.data_dir)
+    for checkpoint, model, config, shards, options in loaded:
         result = {"checkpoint": checkpoint, "step": config["step"], "weights": config["weights"],
                   "objective": options.objective, "command": command, "seed": args.seed,
                   **measure(model, shards, options, args.contexts, args.seed, args.features)}
@@ -281,9 +272,8 @@ def run(args, command):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        run(args, shlex.join(["python", "spectrum.py", *words]))
+        run(args, command_line("spectrum.py", argv))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ def train_bpe(words, n_tokens):
     when it is popped.
     """
     tokens = [bytes([b]) for b in range(256)]
-    words = [(list(word), n) for word, n in words.items()]      # [(ids of a word, how often it occurs)]
+    splits = [(list(word), n) for word, n in words.items()]     # [(ids of a word, how often it occurs)]
 
     # Count every pair, and note which words have it
     counts = Counter()
     where = defaultdict(set)                                    # pair -> words that have or had it
-    for i, (word, n) in enumerate(words):
+    for i, (word, n) in enumerate(splits):
         for pair in zip(word, word[1:]):
             counts[pair] += n
             where[pair].add(i)
@@ -63,17 +63,18 @@ def train_bpe(words, n_tokens):
             raise DataError(f"the text has pairs for bpe:{len(tokens) + 1} at most: use a smaller vocabulary")
 
         # The most frequent pair. If its count is out of date, put it back at its true place
-        n, pair = heapq.heappop(heap)
-        if -n != counts[pair]:
+        negative, pair = heapq.heappop(heap)
+        if -negative != counts[pair]:
             heapq.heappush(heap, (-counts[pair], pair))
             continue
 
         # It becomes a token
         new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        a, b = pair
+        tokens.append(tokens[a] + tokens[b])
         created = set()
         for i in where.pop(pair):
-            word, n = words[i]
+            word, n = splits[i]
             for gone, came in merge(word, pair, new):
                 counts[gone] -= n
                 counts[came] += n

@@ -28,14 +28,14 @@ import torch
 
 import data
 import objectives
-from common import DataError, hold, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory
+from common import DataError, one_line_errors, output_may_close, peak_flops, pick_dtype, reuse_memory
 from flags import check_folder, flag_without_effect, make_options, parse_args
 from model import Config, Transformer, flops, num_params
 from objectives import OBJECTIVES, Batch, Draw
-from run import (all_reduce, check_finite, check_space, command, compiled, in_first_process, leave_together,
-                 load_data, log, one_line_stop, patience, pick_compile, progress_bar, rank_and_world, restore,
-                 resume_command, save, say, say_passes, show_speed, start_processes, stop_vote, together,
-                 write_folder)
+from run import (all_reduce, check_finite, check_space, command, compiled, held_by_run, in_first_process,
+                 leave_together, load_data, log, one_line_stop, patience, pick_compile, progress_bar,
+                 rank_and_world, restore, resume_command, save, say, say_passes, show_speed, start_processes,
+                 stop_vote, together, write_folder)
 from sample import demonstration
 from tokenizer import load_tokenizer
 
@@ -110,11 +110,10 @@ def validation_batches(shards, options, args):
         yield get_batch(shards, options, VAL_SEED, 0, range(start, stop))
 
 
-def evaluate(model, shards, options, args):
+def evaluate(model, shards, options, args, after_batch):
     """The validation loss in nats per scored token: the sum of the losses over the sum of the weights.
 
-    A generator, so that a signal during a long validation is noticed and the run is saved at once: it yields
-    None after every batch, equally often in all processes, and then the loss. Gradients stay on: without them
+    after_batch() is called after every batch, equally often in all processes. Gradients stay on: without them
     the model would be compiled again.
     """
     _, world = rank_and_world()
@@ -125,9 +124,9 @@ def evaluate(model, shards, options, args):
         if batch is not None:
             batch = to_device(batch, args.device)
             total += torch.stack([model(*batch).detach(), batch.weights.sum()]).cpu()
-        yield None
+        after_batch()
     loss, weight = all_reduce(total.to(args.device)).tolist()
-    yield loss / weight
+    return loss / weight
 
 
 def unigram_loss(dataset, shards, options, args):
@@ -187,7 +186,10 @@ def update(model, optimizers, batches, args, step):
     loss = 0.0
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        with contextlib.nullcontext() if last or world == 1 else model.no_sync():
+        context = contextlib.nullcontext()
+        if world > 1 and not last:
+            context = model.no_sync()                           # DDP adds up the gradients once, at the end
+        with context:
             part = model(*batch) / total                        # this micro-batch's share of the loss
             (part * world).backward()                           # DDP averages the gradients: times world
         loss = loss + part.detach()
@@ -212,8 +214,7 @@ def train(args):
     meta, shards = load_data(args)
     options = make_options(args, meta["vocab_size"])
     together(lambda: check_first_batch(shards, options, args))
-    with contextlib.ExitStack() as held:
-        in_first_process(lambda: held.enter_context(hold(args.out_dir)))
+    with held_by_run(args.out_dir):
         in_first_process(lambda: check_folder(args))    # again: another run may have ended just now
         stop = pretrain(args, meta, shards, options)
         leave_together()
@@ -260,19 +261,20 @@ def pretrain(args, meta, shards, options):
                 for cut in cuts]
 
     # Say what is about to happen
-    first = make(done["step"])
-    scored = sum(len(batch.positions) for batch in first)                   # by this process, per update
+    batches = make(done["step"])
+    scored = sum(len(batch.positions) for batch in batches)                 # by this process, per update
     step_flops = flops(config, local, args.block_size, scored)
     baseline = unigram_loss(dataset, shards["val"], options, args)
     say_passes(args, done, sum(map(len, shards["train"])))
+    dtype = str(model.dtype).removeprefix("torch.")
     say(f"{args.objective}, {'causal' if causal else 'bidirectional'} | "
         f"{num_params(config) / 1e6:.2f} M parameters | {args.batch_tokens} tokens per update, "
-        f"{scored * world} scored | {args.device} x {world}, {str(model.dtype)[6:]} | {args.out_dir}")
+        f"{scored * world} scored | {args.device} x {world}, {dtype} | {args.out_dir}")
 
     # Train
-    fast = compiled(model, first[0]) if pick_compile(args, step_flops) else model
+    fast = compiled(model, batches[0]) if pick_compile(args, step_flops) else model
     validate = partial(evaluate, fast, shards["val"], options, args)
-    steps = prefetch(make, first, done["step"], args.max_iters)
+    steps = prefetch(make, batches, done["step"], args.max_iters)
     line, stop = loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops)
     if line["step"] < args.max_iters:
         return stop
@@ -284,23 +286,34 @@ def pretrain(args, meta, shards, options):
 def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_flops):
     """Update; at their intervals log, validate and save.
 
-    fast: `model`, compiled or not. steps: see `prefetch`. validate(): see `evaluate`.
+    fast: `model`, compiled or not. steps: see `prefetch`. validate(after_batch): see `evaluate`.
     baseline: that of word frequencies. done: {"step", "tokens"} of the run so far.
     Returns the last line of the log, a dict, and the signal that stopped the run, or 0.
     """
     _, world = rank_and_world()
     wrapped = torch.nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
-    peak = peak_flops(args.device)
+    step = done["step"]
     tokens = done["tokens"]
-    saved = done["step"]
+    saved = step                                # the last step that a checkpoint holds
+    stop = 0                                    # the signal on which the run stops
     pending = []                                # (loss, gradient norm) of the steps since the last log line
     clock = time.time()
 
     def save_now():
+        nonlocal saved
+        if saved == step:
+            return
         if stop:
             say(f"stopping: saving step {step} ...{patience()}")
         in_first_process(lambda: save(args.out_dir, model, optimizers, step, tokens))
-        return step
+        saved = step
+
+    def notice_stop():
+        """A stop during a long validation saves at once: torchrun kills 30 s after SIGTERM."""
+        nonlocal stop
+        stop = stop or vote()
+        if stop:
+            save_now()
 
     with stop_vote() as vote, contextlib.closing(steps), progress_bar(args.max_iters, done["step"]) as bar:
         for step, batches in steps:
@@ -324,28 +337,20 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
             numbers = all_reduce(torch.stack(pending)).cpu()    # (steps, 2), host-device sync
             may_save = validates or saves or stop
             check_finite(numbers, model if may_save else None, step, saved)
-            seconds = time.time() - clock
-            line = {"step": step, "tokens": tokens, "train_loss": numbers[:, 0].mean().item(),
-                    "grad_norm": numbers[-1, 1].item(), "lr": optimizers[0].param_groups[0]["lr"],
-                    "tokens_per_second": len(pending) * args.batch_tokens / seconds}
-            if peak:
-                line["mfu"] = len(pending) * step_flops / seconds / peak
+            line = {"step": step, "tokens": tokens, "lr": optimizers[0].param_groups[0]["lr"],
+                    **measured(numbers, time.time() - clock, step_flops, args)}
             show_speed(bar, line)
 
-            # Validate. A stop saves first: torchrun kills 30 s after SIGTERM
+            # Validate
             if validates:
-                for val_loss in validate():
-                    stop = stop or vote()
-                    if stop and saved < step:
-                        saved = save_now()
-                line["val_loss"] = val_loss
+                line["val_loss"] = validate(notice_stop)
                 say(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}"
                     f"{beside(baseline)}")
 
             # Save
             in_first_process(lambda: log(args.out_dir, line))
-            if (saves or stop) and saved < step:
-                saved = save_now()
+            if saves or stop:
+                save_now()
             if stop and not final:
                 say(f"stopped at step {step} and saved; resume with: {resume_command(args)}")
                 break
@@ -353,13 +358,25 @@ def loop(args, model, fast, optimizers, steps, validate, baseline, done, step_fl
             clock = time.time()
     return line, stop
 
+
+def measured(numbers, seconds, step_flops, args):
+    """The part of a log line about the steps since the last one. numbers: (steps, 2), of `update`."""
+    steps = len(numbers)
+    losses, grad_norms = numbers.T                              # (steps,) each
+    line = {"train_loss": losses.mean().item(), "grad_norm": grad_norms[-1].item(),
+            "tokens_per_second": steps * args.batch_tokens / seconds}
+    peak = peak_flops(args.device)
+    if peak:
+        line["mfu"] = steps * step_flops / seconds / peak
+    return line
+
 # -----------------------------------------------------------------------------
 # The end of a run: its loss, and what the model was trained for
 
-def finish(args, model, size, shards, val_loss, baseline):
+def finish(args, model, val_size, shards, val_loss, baseline):
     """Print the validation loss beside that of word frequencies, and some text that the model writes.
 
-    size: {"tokens", "bytes"} of the validation split. shards: its ids. baseline: see unigram_loss.
+    val_size: {"tokens", "bytes"} of the validation split. shards: its ids. baseline: see unigram_loss.
     """
     objective = OBJECTIVES[args.objective]
     options = make_options(args, model.config.vocab_size)
@@ -367,14 +384,15 @@ def finish(args, model, size, shards, val_loss, baseline):
     next_token = objective.causal and not masked and objective.ahead(options) == 1
 
     # The loss. Only the next token's is the length of a code, so only there are bits per byte meaningful
-    kind = "target"
     code = ""
-    if masked:
-        kind = "masked"
     if next_token:
         kind = "next"
-        bits = val_loss / math.log(2) * size["tokens"] / size["bytes"]
+        bits = val_loss / math.log(2) * val_size["tokens"] / val_size["bytes"]
         code = f", {bits:.3f} bits per byte"
+    elif masked:
+        kind = "masked"
+    else:
+        kind = "target"
     say(f"validation loss {val_loss:.4f} nats per {kind} token{code}{beside(baseline)}; "
         f"checkpoint in {args.out_dir}")
     if val_loss > (1 - CONTEXT_GAIN) * baseline:

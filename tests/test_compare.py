@@ -300,7 +300,7 @@ class Scripts:
         predictions = "0011" if level > 0.5 else "0001"
         for pool in ("mean", "max"):
             rows.append({"task": "stdlib-pair", "metric": "accuracy", "pool": pool, "layer": None,
-                         "directions": None, "protocol": "probe", "max_train": 0,
+                         "directions": None, "protocol": "probe", "max_train": 0, "command": head["command"],
                          "model": {"value": 0.75, "se": 0.1, "predictions": predictions},
                          "embeddings": {"value": 0.5, "se": 0.1, "predictions": "0110"}})
         common.write_result(folder / "eval_glue.json",
@@ -497,6 +497,10 @@ def test_other_flags_are_refused(scripts, capsys, words, said):
     (["--runs", "ar", "--eval_glue", "--results out/x"], "eval_glue.py: --checkpoint and --results are"),
     (["--runs", "ar", "--eval_ppl", "--val --samples 0"], "samples"),
     (["--runs", "ar", "--eval_glue", "--tasks stdlib --max_train 5"], "max_train"),
+    (["--runs", "mlm", "ar", "--eval_ppl", "--val --method bound"], "ar is causal, it cannot fill masks"),
+    (["--runs", "ar", "--eval_ppl", "--val --prompt_lengths 128"], "must fit into block_size 128"),
+    (["--runs", "ar", "--eval_glue", "--tasks stdlib --layer 9"], "ar has 4 blocks: --layer can be 0 to 4"),
+    (["--runs", "ar --obj mlm"], "unrecognized arguments: --obj mlm"),
     (["--runs", "ar", "--spectrum", "--contexts 3"], "--contexts")])
 def test_wrong_settings_are_refused_before_any_run(scripts, capsys, words, said):
     assert said in refused(capsys, *words)
@@ -516,8 +520,8 @@ def test_evaluations_can_be_left_out(scripts):
 def test_perplexity_is_measured_with_fewer_masks_where_that_is_another_number(scripts, flags, times):
     """Once more for a model that saw fewer in training, unless the two would write one and the same file."""
     args = compare.build_parser().parse_args(["--runs", "mlm", f"--eval_ppl={flags}", "--eval_glue", "none"])
-    [run] = compare.make_runs(compare.check(args), argparse.Namespace(seeds=[0], out_dir="out"))
-    commands = compare.evaluations(run, args)
+    [job] = compare.make_jobs(compare.check(args), argparse.Namespace(seeds=[0], out_dir="out"))
+    commands = compare.evaluations(job, args)
     assert len(commands) == times and [words[-1] for words in commands[1:]] == ["matched"] * (times - 1)
 
 
@@ -630,10 +634,10 @@ def test_after_a_failure_nothing_else_is_begun(monkeypatch):
 def test_an_evaluation_that_cannot_save_its_result_is_not_finished(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "HERE", tmp_path)
     (tmp_path / "eval_ppl.py").write_text("print('error: not saved: a.json\\na table'); raise SystemExit(2)")
-    run = compare.Run(None, 0, tmp_path)
+    job = compare.Job(None, 0, tmp_path)
     args = type("Args", (), {"jobs": 1})
     with pytest.raises(ValueError, match="exit code 2.: error: not saved: a.json"):
-        compare.execute([(run, [compare.Command(["eval_ppl.py"], 1)])], args)
+        compare.execute([(job, [compare.Command(["eval_ppl.py"], 1)])], args)
     assert not (tmp_path / "finished.json").exists()
 
 

@@ -475,8 +475,8 @@ def test_stopped_at_any_rename(tmp_path, monkeypatch, corpus, old):
             else:
                 assert list(folder.iterdir()) == []
         else:
-            there = files_of(folder / "x", but="new") | files_of(folder / "x/new")
-            assert "meta.json" in files_of(folder / "x/new") and there.items() <= whole.items() | (
+            there = files_of(folder / "x", but=".new") | files_of(folder / "x/.new")
+            assert "meta.json" in files_of(folder / "x/.new") and there.items() <= whole.items() | (
                 before.items() if old else set())
             with pytest.raises(DataError, match="there is no dataset"):
                 data.load("x", folder)
@@ -539,7 +539,7 @@ def test_other_arguments_after_a_stop_leave_nothing_behind(tmp_path, monkeypatch
         stop_at_rename(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             prepare_small(corpus[0], tmp_path / "a", shard_tokens=2000)
-    assert len(files_of(tmp_path / "a/x/new")) == 5
+    assert len(files_of(tmp_path / "a/x/.new")) == 5
     for folder in ("a", "b"):
         prepare_small(corpus[0], tmp_path / folder)
     assert files_of(tmp_path / "a/x") == files_of(tmp_path / "b/x")
@@ -556,9 +556,20 @@ def test_killed_at_any_rename(tmp_path, monkeypatch, corpus):
             stop_at_rename(patch, k)
             prepare_small(corpus[0], folder)
         assert not (folder / "x/meta.json").exists()
-        assert (folder / "x/new/meta.json").exists() == (k >= len(whole))
+        assert (folder / "x/.new/meta.json").exists() == (k >= len(whole))
         prepare_small(corpus[0], folder)
         assert files_of(folder / "x") == whole
+
+
+def test_files_that_are_not_of_a_dataset_stay(tmp_path):
+    """Also the text itself, when it is in the dataset's folder."""
+    folder = tmp_path / "x"
+    (folder / "new").mkdir(parents=True)
+    write_jsonl(folder / "new/a.jsonl", ["one text " * 50, "another text " * 50])
+    (folder / "train_labels.npy").write_text("mine")
+    prepare_small([folder / "new/a.jsonl"], tmp_path, tokenizer="bytes")
+    assert (folder / "new/a.jsonl").exists() and (folder / "train_labels.npy").read_text() == "mine"
+    data.load("x", str(tmp_path), full=True)
 
 
 def test_killed(tmp_path):
@@ -570,12 +581,12 @@ def test_killed(tmp_path):
     folder = tmp_path / "killed/x"
     process = subprocess.Popen([sys.executable, ROOT / "data.py", *flags, tmp_path / "killed"],
                                stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(list(folder.glob("new/train_*.npy"))) < 2:
+    while process.poll() is None and len(list(folder.glob(".new/train_*.npy"))) < 2:
         time.sleep(0.0005)
     process.kill()
     process.wait()
-    assert all(len(np.load(path)) == 50000 for path in folder.glob("new/train_*.npy"))
-    assert files_of(folder, but="new") == {}
+    assert all(len(np.load(path)) == 50000 for path in folder.glob(".new/train_*.npy"))
+    assert files_of(folder, but=".new") == {}
     for name in ("killed", "undisturbed"):
         data.main([*flags, str(tmp_path / name)])
     assert files_of(folder) == files_of(tmp_path / "undisturbed/x") and len(files_of(folder)) > 10

@@ -473,7 +473,7 @@ def test_predictions_are_compact():
 
 def test_groups_of_the_built_in_tasks_are_stored(monkeypatch):
     task = glue_data.stdlib_topic(library())
-    stored = eval_glue.test_labels(task)["stdlib-topic"]
+    stored = eval_glue.dev_labels(task)["stdlib-topic"]
     assert stored["groups"] == task.dev[""].groups.tolist()
     assert [int(c, 36) for c in stored["labels"]] == task.dev[""].y.tolist()
 
@@ -699,9 +699,9 @@ def test_baseline_of_finetuning_is_the_same_finetuning_from_initial_weights(chec
     begun = []
     tune = finetune.finetune
 
-    def record(model, *rest):
+    def record(model, *rest, **how):
         begun.append(model.wte.weight.clone())
-        return tune(model, *rest)
+        return tune(model, *rest, **how)
 
     monkeypatch.setattr(finetune, "finetune", record)
     main(*flags)
@@ -723,7 +723,7 @@ def test_learning_rate_is_judged_on_examples_that_were_not_fitted(checkpoints, m
     rte(checkpoints / "glue/RTE", 120, 40, different_words)
     calls = []
 
-    def record(model, train, tests, *rest):
+    def record(model, train, tests, **how):
         calls.append((train.groups, [test.groups for test in tests]))
         return [test.y for test in tests]
 

@@ -59,8 +59,9 @@ def test_the_baseline_of_fine_tuning_has_its_own_name():
         return {"value": 0.5, "predictions": predictions}
 
     row = {"task": "RTE", "metric": "accuracy", "pool": "mean", "layer": None, "directions": None, "max_train": 0,
-           "protocol": "finetune", "model": score("01"), "untrained": score("00")}
-    result = {"results": [row], "tests": {"RTE": {"labels": "01", "groups": None}}}
+           "protocol": "finetune", "model": score("01"), "untrained": score("00"), "command": "python eval_glue.py"}
+    earlier = {**row, "pool": "max", "command": "python eval_glue.py --pool max"}       # not of this command
+    result = {"command": "python eval_glue.py", "results": [earlier, row], "tests": {"RTE": {"labels": "01", "groups": None}}}
     assert list(report.probes(result, {})) == [
         "RTE, accuracy, mean, fine-tuned", "RTE, accuracy, mean, fine-tuned: the same from initial weights",
         "RTE, accuracy, mean, fine-tuned: gain over the same from initial weights"]

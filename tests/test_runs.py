@@ -279,6 +279,27 @@ def test_too_little_space_is_said_before_training(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "new").iterdir())
     resume(tmp_path / "out", "--max_iters", "2")
 
+    # A smaller run frees only its own size when it is replaced
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/ckpt.pt").write_bytes(b"0" * 1000)
+    _, err = run("--max_iters", "1", "--overwrite", out="small", code=2)
+    assert f"small: checkpoints of this model need {(2 * one - 1000) / 1e6:.1f} MB" in err
+
+
+def test_files_that_are_not_of_a_run_stay(run, tmp_path):
+    """In a folder of somebody's own: its scripts are no results, its config.json is no run's."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "eval_ppl.py").write_text("print()")
+    run("--max_iters", "1")
+    assert (folder / "eval_ppl.py").read_text() == "print()"
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"architectures": []}')
+    _, err = run("--max_iters", "1", out="other", code=2)
+    assert err.count("\n") == 1 and "config.json was not written by train.py: name another --out_dir" in err
+    assert (tmp_path / "other/config.json").read_text() == '{"architectures": []}'
+
 
 def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
     (tmp_path / "file").write_text("")
@@ -333,7 +354,7 @@ def assert_stopped(process, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_the_data_is_prepared_is_one_line(tmp_path, number):
     process = begin("--preset", "tiny", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out")
-    wait_for(tmp_path / "data" / "stdlib" / "new", process)
+    wait_for(tmp_path / "data" / "stdlib" / ".new", process)
     process.send_signal(number)
     assert_stopped(process, number)
     assert not list((tmp_path / "data").rglob("*.npy")) and not (tmp_path / "out").exists()

@@ -400,6 +400,13 @@ def test_bad_input_is_one_line_and_exit_2(arguments, reason, run_folder, capsys)
     assert error.startswith("error: ") and reason in error
 
 
+def test_all_checkpoints_are_checked_before_the_first_is_measured(run_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        spectrum.main(["--checkpoint", str(run_folder / "random"), "nowhere", "--results", str(tmp_path)])
+    assert stop.value.code == 2 and "nowhere" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_nothing_can_be_written_the_table_is_printed_and_the_exit_code_is_2(run_folder, tmp_path, capsys):
     (tmp_path / "untrained/spectrum.json.tmp").mkdir(parents=True)
     paths = [str(run_folder / name) for name in ("untrained", "random")]
