@@ -216,6 +216,30 @@ def test_masks_as_in_training_are_compared_with_the_only_perplexity_of_others():
     assert ("ar", "mlm", plain) not in found and ("vlm", "ar", matched) not in found
 
 
+def test_a_causal_model_is_compared_with_a_masked_one_on_the_same_tokens():
+    """Its exact perplexity is no part of it: on a sample other tokens are scored."""
+    def result(suffix, nats, sample):
+        found = {"perplexity": math.exp(nats)}
+        return {"text": "val", "text_sha256": "abc", "suffix": suffix, "samples": 2, "prompt_lengths": {},
+                "unigram": None, "documents": {"windows": [1]}, "all": found,
+                "sample": None if sample is None else {"perplexity": math.exp(sample)},
+                "nats": {"all": [10 * nats], "sample": [10 * (sample or 0)]},
+                "tokens": {"all": [10], "sample": [10]}}
+
+    tests = {}
+    ar = report.perplexities(result(None, 3.0, 2.5), tests)
+    dar = report.perplexities(result(None, 3.5, 2.5), tests)
+    mlm = report.perplexities(result("full", 4.0, None), tests)
+    mlm |= report.perplexities(result("matched", 3.75, None), tests)
+    runs = runs_of(ar={"0": ar}, dar={"0": dar}, mlm={"0": mlm})
+    found = {(d["setting"], d["measurement"]): d["mean"] for d in report.find_differences(runs, tests, ["ar"])}
+    assert found == {("dar", "perplexity, all"): 0.5, ("dar", "perplexity, all, sampled"): 0,
+                     ("mlm", "perplexity, all, sampled"): 1.5,
+                     ("mlm", "perplexity, all, sampled, masks as in training"): 1.25}
+    assert mlm["perplexity, all, sampled"]["test"] == ar["perplexity, all, sampled"]["test"]
+    assert mlm["perplexity, all, sampled"]["test"] != ar["perplexity, all"]["test"]
+
+
 def test_a_setting_that_its_objective_ignores_is_refused(scripts, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.main(["--runs", "ar", "vlm --mask_ratio 0.3"])
@@ -286,7 +310,7 @@ class Scripts:
         result = {"perplexity": 100 * level}
         lengths = ["1", "2", "8", "64"]
         saved = {**head, "text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": suffix,
-                  "all": result,
+                  "all": result, "sample": None, "samples": 8,
                   "prompt_lengths": {k: {"perplexity": 1000 * level / int(k)} for k in lengths},
                   "unigram": {"nats_per_token": 6.3, "perplexity": 544.6},
                   "documents": {"windows": [1, 2, 1], "bytes": [50, 90, 40], "words": [9, 19, 8]},
@@ -740,7 +764,7 @@ def test_a_small_run_of_all_scripts_resumes_and_notices_edits(toy, tmp_path):
     folder = tmp_path / "out/compare"
     saved = json.loads((folder / "compare.json").read_text())
     result = json.loads((folder / "mlm-0/eval_ppl_val_left-to-right-matched-4-windows.json").read_text())
-    measured = saved["runs"]["mlm"]["0"]["measurements"]["perplexity, all, masks as in training"]
+    measured = saved["runs"]["mlm"]["0"]["measurements"]["perplexity, all, sampled, masks as in training"]
     assert measured["value"] == result["all"]["perplexity"]
     mean_nats = sum(measured["nats"]) / sum(measured["tokens"])
     assert mean_nats == pytest.approx(math.log(measured["value"]), abs=1e-3)

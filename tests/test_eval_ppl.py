@@ -68,7 +68,7 @@ def measure(model, x, train=MASKED, method="left-to-right", suffix="full", sampl
     means = {}
     for name, (scores, weights) in measured.items():
         assert all(array.shape == x.shape for array in (*scores, weights))
-        key = name if name == "all" else int(name)
+        key = name if name in ("all", "sample") else int(name)
         means[key] = (getattr(scores, field) * weights).sum(axis=1) / weights.sum(axis=1)
     return means
 
@@ -147,7 +147,20 @@ def test_left_to_right_probabilities_of_all_texts_sum_to_one(causal, suffix):
 
 def test_default_prompt_lengths():
     result = measure(tiny(causal=True, block_size=21), torch.zeros(1, 21, dtype=torch.long))
-    assert list(result) == ["all", 1, 2, 4, 8, 16, 20]
+    assert list(result) == ["all", "sample", 1, 2, 4, 8, 16, 20]
+
+
+@torch.no_grad()
+def test_causal_models_are_also_scored_on_the_sample_of_masked_ones():
+    """The very same tokens, with the same weights. For a causal model these are some of all."""
+    x = torch.randint(30, (40, 21))
+    settings = eval_ppl.Settings(samples=4, masks=eval_ppl.masks_after_prompt("full", 21, None))
+    causal = eval_ppl.evaluate(tiny(causal=True, block_size=21), x, "left-to-right", settings)
+    masked = eval_ppl.evaluate(tiny(causal=False, block_size=21), x, "left-to-right", settings)
+    scores, weights = causal["sample"]
+    assert "sample" not in masked and (weights == masked["all"][1]).all()
+    assert ((weights > 0).sum(axis=1) == 4).all() and weights.sum() == pytest.approx(40 * 20)
+    assert (scores.nats == causal["all"][0].nats).all() and (causal["all"][1][:, 1:] == 1).all()
 
 
 def test_sampled_prompt_lengths_estimate_the_mean_over_all():
@@ -701,7 +714,7 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
 
 def test_a_model_that_beats_word_frequencies_is_not_called_ignorant(capsys):
     r = {"checkpoint": "a", "method": "m", "suffix": None, "text": "t", "clusters": "windows", "tokens": {"all": [1]},
-         "all": {"perplexity": 94.0}, "unigram": {"perplexity": 100.0}, "prompt_lengths": {}, "context": {},
+         "all": {"perplexity": 94.0}, "unigram": {"perplexity": 100.0}, "prompt_lengths": {}, "context": {}, "sample": None,
          "block_size": 4, "windows": 1, "documents": {"bytes": [1]}}
     eval_ppl.show([r])
     assert "learned to use context" not in capsys.readouterr().out
