@@ -21,6 +21,7 @@ import argparse
 import importlib
 import json
 import os
+import platform
 import re
 import shlex
 import signal
@@ -31,6 +32,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 import flags
 import objectives
@@ -81,6 +84,7 @@ def compare(args):
 def save(args, runs, tests, differences):
     """Write compare.json."""
     contents = {"flags": vars(args), **git_state(),
+                "python": platform.python_version(), "torch": torch.__version__,
                 "sources": source_digests(),
                 "evaluation_code": source_digests(EVALUATION_CODE),
                 "rule": report.RULE, "differences": differences, "runs": runs, "tests": tests}

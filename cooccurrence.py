@@ -168,7 +168,7 @@ def describe(s, C=3):
     chi2     sum of s_i^2 beyond s_1: the chi-square mutual information of context and target
     tail     the same beyond s_C: what a representation of rank C cannot explain
     parts    connected components of the graph
-    hitting  mean hitting time of the walk context-target-context in steps, at least V-1
+    hitting  mean hitting time of the walk target-context-target in steps, at least V-1 (Kemeny's constant)
     """
     squares = s ** 2
     gap = 1 - squares[1:]
@@ -235,21 +235,23 @@ def every_objective():
 
 def compare_objectives():
     """Print every objective's spectrum. Returns {name: s}."""
-    print("chi2: sum of s_i^2 beyond s_1, tail: beyond s_3, parts: components. "
-          "Against ar of equal lengths:")
+    print("chi2: sum of s_i^2 beyond s_1, tail: beyond s_3, parts: components. Against the first of each group:")
     print("E: every singular value smaller, A: only in aggregate (chi2, tail), "
           "X: NOT SMALLER, =: the same")
-    line("objective", *describe(np.ones(4)), "against")
+    print("known: chi2 if the context says which position is asked for, as in a Transformer (dar is not told)")
+    line("objective", *describe(np.ones(4)), "against", "known", "against")
 
     spectra = {}
     for heading, P, objectives in every_objective():
         print("  - " + heading)
-        reference = None
+        first = next(iter(objectives.values()))
+        reference = singular_values(cooccurrence(P, first))
+        known_reference = singular_values(cooccurrence(P, first, "row"))
         for name, pairs in objectives.items():
             s = singular_values(cooccurrence(P, pairs))
-            mark = "" if reference is None else verdict(s, reference)
-            line(name, *describe(s).values(), mark)
-            reference = s if reference is None else reference
+            known = singular_values(cooccurrence(P, pairs, "row"))
+            line(name, *describe(s).values(), verdict(s, reference),
+                 describe(known)["chi2"], verdict(known, known_reference))
             spectra[name] = s
     return spectra
 

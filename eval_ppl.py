@@ -23,7 +23,7 @@ one document are not independent. If the text is one document, windows are treat
 
 Models with different vocabularies are compared by bits per byte or word perplexity, which are printed where
 the numbers are lengths of a code. Both follow their definition on the text as it is. Published numbers
-differ: lm-eval, for one, detokenises WikiText first (3.27 bits per byte, and 3.69 here, for the same model).
+differ: lm-eval, for one, detokenises WikiText first.
 
 All numbers, with sums per document, go to CHECKPOINT/eval_ppl_TEXT_METHOD.json, or below --results DIR. TEXT
 is wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD may be followed by -one or

@@ -354,13 +354,14 @@ def measurement_names(runs, rows=""):
 def mean_and_range(values, digits=1):
     """Mean [least, greatest] of the values, with as many digits as make sense."""
     mean = np.mean(values)
-    return with_range(mean, min(values), max(values), digits=0 if mean >= 100 else digits)
+    return with_range(mean, values, digits=0 if mean >= 100 else digits)
 
 
-def with_range(mean, least, greatest, digits):
-    """12.3 [11.9, 12.8]"""
-    numbers = [f"{value:.{digits}f}" for value in (mean, least, greatest)]
-    return "{} [{}, {}]".format(*numbers)
+def with_range(mean, values, digits):
+    """"12.3 [11.9, 12.8]", and "12.3" of a single seed."""
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 def difference_table(differences):
@@ -368,8 +369,7 @@ def difference_table(differences):
     rows = [["difference", "measurement", "mean over seeds", "se seeds", "se test", "verdict"]]
     for found in differences:
         mean = found["mean"]
-        least = min(found["by_seed"])
-        greatest = max(found["by_seed"])
+        by_seed = found["by_seed"]
 
         # Logarithms become a ratio, points stay points
         sign = "-"
@@ -380,7 +380,8 @@ def difference_table(differences):
             sign = "/"
             unit = "ratio"
             digits = 3
-            mean, least, greatest = np.exp([mean, least, greatest])
+            mean = np.exp(mean)
+            by_seed = np.exp(by_seed)
             scale = mean                            # of an error: d exp(x) = exp(x) dx
 
         def error(kind):
@@ -389,7 +390,7 @@ def difference_table(differences):
         settings = f"{found['setting']} {sign} {found['against']}"
         measurement = f"{found['measurement']}, {unit}"
         verdict = {True: "shown", False: "not shown", None: "-"}[found["shown"]]
-        rows.append([settings, measurement, with_range(mean, least, greatest, digits),
+        rows.append([settings, measurement, with_range(mean, by_seed, digits),
                      error("se_seeds"), error("se_test"), verdict])
     return markdown(rows)
 

@@ -189,8 +189,8 @@ def test_table_has_mean_least_and_greatest():
                               "perplexity, all, masks as in training": perplexity(200.0)}})
     rows = cells(report.table(runs))
     assert rows[0] == ["", "ar", "mlm"]
-    assert ["perplexity, all", "50.0 [40.0, 60.0]", "400 [400, 400]"] in rows
-    assert ["perplexity, all, masks as in training", "-", "200 [200, 200]"] in rows
+    assert ["perplexity, all", "50.0 [40.0, 60.0]", "400"] in rows
+    assert ["perplexity, all, masks as in training", "-", "200"] in rows
 
 
 def test_differences_are_of_runs_with_the_same_seed():
@@ -562,7 +562,7 @@ def test_errors_can_be_redone_from_compare_json_which_is_small(scripts):
     assert "\n" in text and "[ 100.7" in text, "one key per line, but a list in one line"
     measured = saved["runs"]["vlm"]["2"]["measurements"]["perplexity after 8"]
     assert len(str(measured["nats"][0]).split(".")[1]) <= 3
-    assert set(saved) >= {"flags", "commit", "dirty", "sources", "rule", "runs", "tests", "differences"}
+    assert set(saved) >= {"flags", "commit", "dirty", "python", "torch", "sources", "rule", "runs", "tests", "differences"}
     assert saved["runs"]["ar"]["0"]["weights"]
 
 
