@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from common import DataError, Parser, check_plot, one_line_errors, save_figure
+from eval_glue import LABELS
 from glue_data import METRICS
 
 RULE = """\
@@ -209,7 +210,6 @@ def resample_run(run, tests):
 MATCHED = ", masks as in training"
 UNIGRAM = "perplexity, word frequencies alone"
 SPECTRUM = "spectrum: "
-BASELINES = {"embeddings": "its input embeddings", "untrained": "before training"}
 
 
 def perplexities(result, tests):
@@ -238,7 +238,8 @@ def probes(result, tests):
         test = remember(tests, row["task"], {"labels": contents["labels"], "groups": contents["groups"]})
         source = "embeddings" if row.get("embeddings") else "untrained"
         name = probe_name(row)
-        baseline = f"{name}: {BASELINES[source]}"
+        label = LABELS[row["protocol"]][source]
+        baseline = f"{name}: {label}"
 
         # The three lines of the table
         common = {"test": test, "metric": row["metric"]}
@@ -247,7 +248,7 @@ def probes(result, tests):
         out[name] = {"value": points, **common, "predictions": row["model"]["predictions"]}
         out[baseline] = {"value": points_below, **common, "baseline": True,
                          "predictions": row[source]["predictions"]}
-        out[f"{name}: gain over {BASELINES[source]}"] = {
+        out[f"{name}: gain over {label}"] = {
             "value": points - points_below, "test": test, "of": name, "minus": baseline}
     return out
 
