@@ -107,18 +107,26 @@ def left_to_right(model, x, settings):
     """-log P(x[k+1] | x[1..k]) for k = 1 .. T-1.
 
     A causal model is scored at all of them in one forward pass. A masked model needs a forward pass for every
-    k: it is scored at settings.prompt_lengths and at an even sample of all lengths, `samples` per window,
-    which stands for the mean over all.
+    k: it is scored at settings.prompt_lengths and at a sample of all lengths, see `sampled`.
     """
-    n, T = x.shape
-    samples = T - 1 if model.config.causal else settings.samples
-    lengths = 1 + grid(n, samples, levels=T - 1)                # (n, S), different ones in a row
-    weights = np.zeros((n, T))                                  # a window's first token is only read
-    np.put_along_axis(weights, lengths, (T - 1) / lengths.shape[1], axis=1)
-
+    _, T = x.shape
+    weights = sampled(x, T - 1 if model.config.causal else settings.samples)
     wanted = weights > 0
     wanted[:, list(settings.prompt_lengths)] = True
     return next_token(model, x, wanted, settings), weights
+
+
+def sampled(x, samples):
+    """Weights (n, T) of an even sample of prompt lengths, which stands for the mean over all of them.
+
+    `samples` different ones per window. They depend on the shape of x (n, T) alone, so all models are scored
+    on the same tokens.
+    """
+    n, T = x.shape
+    lengths = 1 + grid(n, samples, levels=T - 1)                # (n, S), different ones in a row
+    weights = np.zeros((n, T))                                  # a window's first token is only read
+    np.put_along_axis(weights, lengths, (T - 1) / lengths.shape[1], axis=1)
+    return weights
 
 
 def next_token(model, x, wanted, settings):
@@ -377,9 +385,12 @@ def evaluate(model, x, method, settings, contexts=()):
     """All that is measured of a model on windows x (n, T): {name: (Scores, weights)}, all of shape (n, T).
 
     Names: "all", for left-to-right every prompt length k, and "context M" and "context all" for contexts.
+    "sample" is what a causal model scores on the tokens that stand for all of them in a masked one.
     """
     scores, weights = METHODS[method].function(model, x, settings)
     out = {"all": (scores, weights)}
+    if model.config.causal:
+        out["sample"] = scores, sampled(x, settings.samples)
     for k in settings.prompt_lengths:
         column = np.zeros(x.shape)
         column[:, k] = 1                                        # x[k+1], which has k tokens before it
@@ -431,6 +442,7 @@ def measure(checkpoint, windows, method, settings, contexts, device):
     return {"windows": len(x), "block_size": x.shape[1], "clusters": unit,
             "seconds": time.time() - start,
             "all": results["all"],
+            "sample": results.get("sample"),
             "prompt_lengths": {str(k): results[str(k)] for k in settings.prompt_lengths},
             "context": {str(m): results[f"context {m}"] for m in visible},
             "unigram": frequencies_alone(checkpoint, x, measured["all"][1]),

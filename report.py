@@ -207,6 +207,7 @@ def resample_run(run, tests):
 # -----------------------------------------------------------------------------
 # From the JSON files of the evaluations to measurements
 
+SAMPLED = "perplexity, all, sampled"
 MATCHED = ", masks as in training"
 UNIGRAM = "perplexity, word frequencies alone"
 SPECTRUM = "spectrum: "
@@ -218,13 +219,21 @@ def perplexities(result, tests):
     test = remember(tests, result["text"], contents)
     kind = MATCHED if result["suffix"] == "matched" else ""
     numbers = {f"perplexity after {k}": (k, found) for k, found in result["prompt_lengths"].items()}
-    numbers["perplexity, all"] = ("all", result["all"])
+
+    # A masked model is scored on a sample of all tokens, a causal one on all of them and on the same sample
+    if result["suffix"]:
+        numbers[SAMPLED] = ("all", result["all"])
+    else:
+        numbers["perplexity, all"] = ("all", result["all"])
+    if result.get("sample"):                                # a masked model has none
+        numbers[SAMPLED] = ("sample", result["sample"])
+    sample = remember(tests, result["text"], {**contents, "samples": result["samples"]})
 
     out = {}
     for name, (k, found) in numbers.items():
         nats = [round(nats, 3) for nats in result["nats"][k]]
-        out[name + kind] = {"value": found["perplexity"], "test": test, "tokens": result["tokens"][k],
-                            "nats": nats}
+        out[name + kind] = {"value": found["perplexity"], "test": sample if name == SAMPLED else test,
+                            "tokens": result["tokens"][k], "nats": nats}
     if result["unigram"] and not kind:
         out[UNIGRAM] = {"value": result["unigram"]["perplexity"]}
     return out
