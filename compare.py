@@ -38,8 +38,9 @@ import torch
 import flags
 import objectives
 import report
-from common import (Parser, as_json, check_plot, file_sha256, one_line_errors, pick_device, read_checkpoint,
-                    read_result, source_digests, weights_digest, write_atomically, write_json)
+from common import (Parser, as_json, check_plot, command_line, file_sha256, one_line_errors, pick_device,
+                    read_checkpoint, read_result, source_digests, weights_digest, write_atomically,
+                    write_json)
 from model import Config
 from objectives import OBJECTIVES, Options
 
@@ -307,7 +308,7 @@ def finished(words, job, weights):
     A command counts as finished once it has ended well (`mark_finished`), for the weights that it measured
     and the code that it measured them with.
     """
-    line = shlex.join(["python", *words])
+    line = command_line(words[0], words[1:])
     if read_finished(job).get(line) != [weights, source_digests(EVALUATION_CODE)]:
         return None
     for path in [*sorted(job.folder.glob("eval_*.json")), job.folder / "spectrum.json"]:
@@ -332,7 +333,7 @@ def mark_finished(words, job):
     """
     state, _ = read_checkpoint(job.folder)
     entry = [weights_digest(state["model"]), source_digests(EVALUATION_CODE)]
-    line = shlex.join(["python", *words])
+    line = command_line(words[0], words[1:])
     write_json(Path(job.folder, "finished.json"), {**read_finished(job), line: entry})
 
 # -----------------------------------------------------------------------------

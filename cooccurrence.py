@@ -235,24 +235,28 @@ def every_objective():
 
 def compare_objectives():
     """Print every objective's spectrum. Returns {name: s}."""
-    print("chi2: sum of s_i^2 beyond s_1, tail: beyond s_3, parts: components. Against the first of each group:")
+    print("chi2: sum of s_i^2 beyond s_1, tail: beyond s_3, parts: components. "
+          "Against the first of each group:")
     print("E: every singular value smaller, A: only in aggregate (chi2, tail), "
           "X: NOT SMALLER, =: the same")
-    print("known: chi2 if the context says which position is asked for, as in a Transformer (dar is not told)")
+    print("known: chi2 if the context says which position is asked for, as in a Transformer "
+          "(dar is not told)")
     line("objective", *describe(np.ones(4)), "against", "known", "against")
 
     spectra = {}
     for heading, P, objectives in every_objective():
         print("  - " + heading)
-        first = next(iter(objectives.values()))
-        reference = singular_values(cooccurrence(P, first))
-        known_reference = singular_values(cooccurrence(P, first, "row"))
+        forgotten = {}
+        known = {}
         for name, pairs in objectives.items():
-            s = singular_values(cooccurrence(P, pairs))
-            known = singular_values(cooccurrence(P, pairs, "row"))
-            line(name, *describe(s).values(), verdict(s, reference),
-                 describe(known)["chi2"], verdict(known, known_reference))
-            spectra[name] = s
+            forgotten[name] = singular_values(cooccurrence(P, pairs))
+            known[name] = singular_values(cooccurrence(P, pairs, "row"))
+
+        first = next(iter(objectives))
+        for name, s in forgotten.items():
+            line(name, *describe(s).values(), verdict(s, forgotten[first]),
+                 describe(known[name])["chi2"], verdict(known[name], known[first]))
+        spectra |= forgotten
     return spectra
 
 

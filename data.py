@@ -303,7 +303,10 @@ def read_meta(name, data_dir):
 
 
 def open_shard(path, shard, dtype, vocab_size, full):
-    """The ids of a shard, (n,), memory-mapped. Raises OSError, EOFError or ValueError if it is not that one."""
+    """The ids of a shard, (n,), memory-mapped.
+
+    Raises OSError, EOFError or ValueError if the file is not what meta.json says.
+    """
     ids = np.lib.format.open_memmap(path, mode="r")
     if ids.dtype != dtype or ids.shape != (shard.tokens,):
         raise ValueError(f"it holds {ids.dtype} {ids.shape}, not {dtype} ({shard.tokens},)")

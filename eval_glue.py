@@ -475,7 +475,8 @@ def evaluate_checkpoint(checkpoint, tasks, args, command):
             saved = write_result(path, merge(read_result(path, weights), report))
         malformed = f"{task.malformed} malformed rows skipped, " if task.malformed else ""
         print(f"{checkpoint.path}: {task.name}: {progress_line(rows)} | "
-              f"{len(task.train.y)} training examples, {malformed}{cut} texts cut to {model.config.block_size} tokens, {seconds} s", flush=True)
+              f"{len(task.train.y)} training examples, {malformed}"
+              f"{cut} texts cut to {model.config.block_size} tokens, {seconds} s", flush=True)
     return found, saved
 
 

@@ -592,8 +592,8 @@ def show(reports):
         if r["all"]["perplexity"] > 0.95 * r["unigram"]["perplexity"]:
             print(f"{r['checkpoint']} has not learned to use context yet: word frequencies alone do as well.")
     if mixed(reports):
-        print("A masked model is scored on a sample of all positions (--samples). Compare it with a causal one "
-              "on the same sample: all, sampled.")
+        print("A masked model is scored on a sample of all positions (--samples). "
+              "Compare it with a causal one on the same sample: all, sampled.")
     if any(r["suffix"] for r in reports):          # a masked model, left to right
         print("Word frequencies alone are scored on the same tokens as the model. For a masked model these "
               "are a sample (--samples).")

@@ -109,7 +109,7 @@ def build_parser(description="Pretrain a Transformer with any objective of objec
 
 
 AT_LEAST_1 = ["n_layer", "n_head", "n_embd", "block_size", "batch_size", "batch_tokens", "max_iters",
-         "eval_interval", "eval_sequences", "save_interval", "log_interval"]
+              "eval_interval", "eval_sequences", "save_interval", "log_interval"]
 
 # What cannot change when a run is resumed: it defines the model, the objective or the random numbers
 FIXED = ["preset", "dataset", "n_layer", "n_head", "n_embd", "optimizer", "seed", "train_tokens",

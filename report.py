@@ -204,22 +204,22 @@ def perplexities(result, tests):
     contents = {"text_sha256": result.get("text_sha256"), **result["documents"]}
     test = remember(tests, result["text"], contents)
     kind = MATCHED if result["suffix"] == "matched" else ""
-    numbers = {f"perplexity after {k}": (k, found) for k, found in result["prompt_lengths"].items()}
+    numbers = {f"perplexity after {k}": (k, found, test) for k, found in result["prompt_lengths"].items()}
 
     # A masked model is scored on a sample of all tokens, a causal one on all of them and on the same sample
-    if result["suffix"]:
-        numbers[SAMPLED] = ("all", result["all"])
-    else:
-        numbers["perplexity, all"] = ("all", result["all"])
-    if result["sample"]:
-        numbers[SAMPLED] = ("sample", result["sample"])
-    sample = remember(tests, result["text"], {**contents, "samples": result["samples"]})
+    masked = result["suffix"] is not None                   # left to right
+    if not masked:
+        numbers["perplexity, all"] = "all", result["all"], test
+    if masked or result["sample"]:
+        k = "all" if masked else "sample"
+        sample = remember(tests, result["text"], {**contents, "samples": result["samples"]})
+        numbers[SAMPLED] = k, result[k], sample
 
     out = {}
-    for name, (k, found) in numbers.items():
+    for name, (k, found, scored) in numbers.items():
         nats = [round(nats, 3) for nats in result["nats"][k]]
-        out[name + kind] = {"value": found["perplexity"], "test": sample if name == SAMPLED else test,
-                            "tokens": result["tokens"][k], "nats": nats}
+        out[name + kind] = {"value": found["perplexity"], "test": scored, "tokens": result["tokens"][k],
+                            "nats": nats}
     if result["unigram"] and not kind:
         out[UNIGRAM] = {"value": result["unigram"]["perplexity"]}
     return out
@@ -361,7 +361,8 @@ def with_range(mean, values, digits):
     """"12.3 [11.9, 12.8]", and "12.3" of a single seed."""
     if len(values) == 1:
         return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    numbers = [f"{value:.{digits}f}" for value in (mean, min(values), max(values))]
+    return "{} [{}, {}]".format(*numbers)
 
 
 def difference_table(differences):

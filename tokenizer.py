@@ -46,12 +46,12 @@ def train_bpe(words, n_tokens):
     when it is popped.
     """
     tokens = [bytes([b]) for b in range(256)]
-    splits = [(list(word), n) for word, n in words.items()]     # [(ids of a word, how often it occurs)]
+    ids_of_words = [(list(word), n) for word, n in words.items()]   # [(ids of a word, how often it occurs)]
 
     # Count every pair, and note which words have it
     counts = Counter()
     where = defaultdict(set)                                    # pair -> words that have or had it
-    for i, (word, n) in enumerate(splits):
+    for i, (word, n) in enumerate(ids_of_words):
         for pair in zip(word, word[1:]):
             counts[pair] += n
             where[pair].add(i)
@@ -74,7 +74,7 @@ def train_bpe(words, n_tokens):
         tokens.append(tokens[a] + tokens[b])
         created = set()
         for i in where.pop(pair):
-            word, n = splits[i]
+            word, n = ids_of_words[i]
             for gone, came in merge(word, pair, new):
                 counts[gone] -= n
                 counts[came] += n
