@@ -79,7 +79,7 @@ def compare(args):
     if args.plot:
         report.plot(runs, tests, args.plot)
     if args.curves:
-        report.plot_curves(runs, args.curves)
+        report.plot_curves(runs, tests, args.curves)
 
 
 def save(args, runs, tests, differences):

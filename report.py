@@ -215,6 +215,13 @@ def perplexities(result, tests):
         sample = remember(tests, result["text"], {**contents, "samples": result["samples"]})
         numbers[SAMPLED] = k, result[k], sample
 
+    # The same tokens with more and more of the text before them visible
+    if result["context"]:
+        visible = list(result["context"])
+        same = remember(tests, result["text"], {**contents, "samples": result["samples"], "visible": visible})
+        for m, found in result["context"].items():
+            numbers[f"perplexity, {m} tokens visible"] = f"context {m}", found, same
+
     out = {}
     for name, (k, found, scored) in numbers.items():
         nats = [round(nats, 3) for nats in result["nats"][k]]
@@ -453,15 +460,16 @@ def plot_perplexity(runs, axes):
     label_ends(axes, ends)
 
 
-def plot_curves(runs, path):
+def plot_curves(runs, tests, path):
     """Validation loss of each setting by tokens seen. The loss is that of its own objective."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
     ends = draw_curves(runs, axes, loss_points)
+    # Word frequencies are known on the text of the perplexities: a level here only if it is the same text
     level = without_context(runs)
-    if level:
+    if level and any(name.startswith("val ") for name in tests):
         dotted(axes, math.log(level))
     axes.set(xlabel="tokens seen (millions)", ylabel="validation loss (nats per scored token)",
              title="Each objective's own loss")
@@ -698,7 +706,7 @@ def main(argv=None):
         if args.plot:
             plot(runs, tests, args.plot)
         if args.curves:
-            plot_curves(runs, args.curves)
+            plot_curves(runs, tests, args.curves)
         if args.budgets:
             plot_budgets(runs, args.rows, args.budgets)
 

@@ -182,33 +182,50 @@ def table(results):
         values = [result.get(key) for result in results.values()]
         return [name, *["-" if value is None else f"{value:.{digits}f}" for value in values]]
 
+    def spectrum_rows(name, key):                                           # i = 1, 2, 4, .. 1024
+        spectra = [result.get(key, []) for result in results.values()]
+        for i in [2 ** power for power in range(11)]:
+            values = [f"{s[i - 1]:.3f}" if i <= len(s) else "-" for s in spectra]
+            if set(values) != {"-"}:
+                rows.append([f"{name}_{i}", *values])
+
     rows = [["", *results], row("updates", "step", 0), row("loss on these contexts (nats)", "loss")]
-    spectra = [result["singular_values"] for result in results.values()]
-    for i in [2 ** power for power in range(11)]:                           # s_1, s_2, s_4, .. s_1024
-        values = [f"{s[i - 1]:.3f}" if i <= len(s) else "-" for s in spectra]
-        rows.append([f"s_{i}", *values])
+    spectrum_rows("s", "singular_values")
     rows += [row("chi2, all contexts", "chi2", 1),
              row("chi2, half of them", "chi2_half", 1),
              row("chi2, a quarter", "chi2_quarter", 1),
              row("chi2, extrapolated", "chi2_limit", 1),
              row("mean hitting time", "hitting", 0)]
     if any("effective_rank" in result for result in results.values()):
-        rows.append(row("effective rank", "effective_rank", 1))
+        spectrum_rows("features: s", "feature_singular_values")
+        rows.append(row("features: effective rank", "effective_rank", 1))
     return align(rows)
 
 
 def figure(path, results):
-    """The theory's spectra on the left, the models' on the right."""
+    """The theory's spectra, the models' own, and those of their features where they were measured."""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(10, 4), layout="constrained")
-    left, right = fig.subplots(1, 2)
+    features = {name: result["feature_singular_values"] for name, result in results.items()
+                if "feature_singular_values" in result}
+    n = 3 if features else 2
+    fig = Figure(figsize=(5 * n, 4), layout="constrained")
+    panels = fig.subplots(1, n)
+    axes = "i", "singular value $s_i$"
 
+    # A Transformer knows which position it predicts, but `dar` not which of the next tokens is asked for
     P = cooccurrence.text_distribution()
-    theory = {name: cooccurrence.singular_values(cooccurrence.cooccurrence(P, pairs))
-              for name, pairs in cooccurrence.short_contexts().items()}
-    cooccurrence.panel(left, "Toy language, exact", "i", "singular value $s_i$", theory)
+    theory = {}
+    for name, pairs in cooccurrence.short_contexts().items():
+        tgt = "none" if name.startswith("dar") else "row"
+        theory[name] = cooccurrence.singular_values(cooccurrence.cooccurrence(P, pairs, tgt))
+    cooccurrence.panel(panels[0], "Toy language, exact, position known", *axes, theory)
+
+    # The models, and what probes read of them
     models = {name: result["singular_values"] for name, result in results.items()}
-    cooccurrence.panel(right, "Trained models", "i", "singular value $s_i$", models, xscale="log")
+    cooccurrence.panel(panels[1], "Trained models", *axes, models, xscale="log")
+    if features:
+        title = "Their features, mean over tokens"
+        cooccurrence.panel(panels[2], title, *axes, features, xscale="log", yscale="log")
     save_figure(fig, path)
 
 
@@ -219,8 +236,8 @@ def build_parser():
     parser.add_argument("--contexts", type=int, default=8192, metavar="N",
                         help="contexts to draw; memory is 16 bytes * N * vocabulary")
     parser.add_argument("--features", action="store_true",
-                        help="also the effective rank of the mean hidden state: exp(entropy of the "
-                             "shares of variance of its principal directions)")
+                        help="also the singular values of the mean hidden state, and its effective rank: "
+                             "exp(entropy of the shares of variance of its principal directions)")
     parser.add_argument("--seed", type=int, default=0, help="seed of windows, masks and positions")
     parser.add_argument("--data_dir", help="folder of the datasets (default: that of the run)")
     parser.add_argument("--plot", metavar="FILE", help="draw the spectra (needs matplotlib)")

@@ -220,7 +220,7 @@ def test_a_causal_model_is_compared_with_a_masked_one_on_the_same_tokens():
     """Its exact perplexity is no part of it: on a sample other tokens are scored."""
     def result(suffix, nats, sample):
         found = {"perplexity": math.exp(nats)}
-        return {"text": "val", "text_sha256": "abc", "suffix": suffix, "samples": 2, "prompt_lengths": {},
+        return {"text": "val", "text_sha256": "abc", "suffix": suffix, "samples": 2, "prompt_lengths": {}, "context": {},
                 "unigram": None, "documents": {"windows": [1]}, "all": found,
                 "sample": None if sample is None else {"perplexity": math.exp(sample)},
                 "nats": {"all": [10 * nats], "sample": [10 * (sample or 0)]},
@@ -238,6 +238,27 @@ def test_a_causal_model_is_compared_with_a_masked_one_on_the_same_tokens():
                      ("mlm", "perplexity, all, sampled, masks as in training"): 1.25}
     assert mlm["perplexity, all, sampled"]["test"] == ar["perplexity, all, sampled"]["test"]
     assert mlm["perplexity, all, sampled"]["test"] != ar["perplexity, all"]["test"]
+
+
+def test_context_is_compared_on_the_tokens_that_all_contexts_share():
+    def result(samples, nats):
+        found = {m: {"perplexity": math.exp(value)} for m, value in nats.items()}
+        scored = {f"context {m}": [10 * value] for m, value in nats.items()}
+        return {"text": "val", "text_sha256": "abc", "suffix": "full", "samples": samples, "prompt_lengths": {},
+                "context": found, "unigram": None,
+                "documents": {"windows": [1]}, "all": {"perplexity": 1.0}, "nats": {"all": [0], **scored},
+                "tokens": {"all": [10], **{name: [10] for name in scored}}}
+
+    tests = {}
+    mlm = report.perplexities(result(8, {"4": 3.0, "all": 2.0}), tests)
+    vlm = report.perplexities(result(8, {"4": 3.5, "all": 1.5}), tests)
+    more = report.perplexities(result(16, {"4": 3.5, "all": 1.5}), tests)
+    runs = runs_of(mlm=dict.fromkeys("01", mlm), vlm=dict.fromkeys("01", vlm), more=dict.fromkeys("01", more))
+    found = {(d["setting"], d["measurement"]): d for d in report.find_differences(runs, tests, ["mlm"])}
+    assert found["vlm", "perplexity, 4 tokens visible"]["mean"] == 0.5
+    assert found["vlm", "perplexity, all tokens visible"]["mean"] == -0.5
+    assert found["vlm", "perplexity, 4 tokens visible"]["se_test"] is not None
+    assert found["more", "perplexity, 4 tokens visible"]["se_test"] is None         # other tokens
 
 
 def test_a_setting_that_its_objective_ignores_is_refused(scripts, capsys):
@@ -311,7 +332,7 @@ class Scripts:
         lengths = ["1", "2", "8", "64"]
         saved = {**head, "text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": suffix,
                   "all": result, "sample": None, "samples": 8,
-                  "prompt_lengths": {k: {"perplexity": 1000 * level / int(k)} for k in lengths},
+                  "prompt_lengths": {k: {"perplexity": 1000 * level / int(k)} for k in lengths}, "context": {},
                   "unigram": {"nats_per_token": 6.3, "perplexity": 544.6},
                   "documents": {"windows": [1, 2, 1], "bytes": [50, 90, 40], "words": [9, 19, 8]},
                   "nats": {k: [100.12345 + level, 210.0, 95 * level] for k in [*lengths, "all"]},
@@ -612,7 +633,19 @@ def test_figures_where_one_setting_lacks_a_measurement(tmp_path):
     report.plot_gains(runs, {"t": {"labels": "0101", "groups": None}}, right)
     assert [text.get_text() for text in left.texts] == ["ar"]
     assert right.get_legend_handles_labels()[1] == ["ar"]
-    report.plot_curves(runs, tmp_path / "a.svg")
+    report.plot_curves(runs, {}, tmp_path / "a.svg")
+
+
+def test_word_frequencies_of_another_text_are_no_level_of_the_validation_loss(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured = {report.UNIGRAM: {"value": 544.6}}
+    runs = {"ar": {"0": {"measurements": measured, "curve": [[1000, 5.0], [2000, 4.0]]}}}
+
+    def drawn(test):
+        report.plot_curves(runs, {test: {}}, tmp_path / "a.svg")
+        return "word frequencies" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+    assert drawn("val 0123abcd") and not drawn("wikitext-2 0123abcd")
 
 
 def test_a_command_that_fails_says_how_it_ended(monkeypatch, tmp_path):

@@ -356,7 +356,26 @@ def test_two_checkpoints_in_one_table(run_folder):
         assert name == "untrained" or result["chi2_quarter"] < result["chi2_half"] < result["chi2"]
     columns = [line.split() for line in out.stdout.splitlines()]
     assert columns[0] == ["untrained", "random"] and ["s_1", "1.000", "1.000"] in columns
-    assert {line[0] for line in columns[1:]} >= {"updates", "s_2", "s_64", "chi2,", "mean", "effective"}
+    assert {line[0] for line in columns[1:]} >= {"updates", "s_2", "s_64", "chi2,", "mean", "features:"}
+    assert sum(line[:1] == ["features:"] for line in columns) == 7              # s_1, .. s_32, effective rank
+
+
+def test_the_figure_compares_with_what_a_transformer_knows(monkeypatch, tmp_path):
+    """THEORY.md's chi2 with the position known, but for dar, which is not told it."""
+    pytest.importorskip("matplotlib")
+    drawn = {}
+
+    def panel(axis, title, xlabel, ylabel, curves, **settings):
+        drawn[title] = curves
+
+    monkeypatch.setattr(co, "panel", panel)
+    result = {"singular_values": [1.0, 0.5]}
+    spectrum.figure(tmp_path / "a.png", {"a": result, "b": {**result, "feature_singular_values": [3.0, 0.1]}})
+
+    theory, models, features = drawn.values()
+    chi2 = {name: (np.array(s)[1:] ** 2).sum().round(3) for name, s in theory.items()}
+    assert chi2["ar"] == 2.343 and chi2["mlm(2)"] == 1.857 and chi2["dar(2)"] == 0.866
+    assert models == {"a": [1.0, 0.5], "b": [1.0, 0.5]} and features == {"b": [3.0, 0.1]}
 
 
 @pytest.mark.parametrize("objective", ["vlm", "dar"])
