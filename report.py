@@ -5,6 +5,7 @@ From the results of runs to differences, errors, tables and figures: what compar
     python report.py out/compare/compare.json --against ar mlm --rows "perplexity"      # some rows
     python report.py out/compare/compare.json --plot claims.png --curves curves.png
     python report.py out/few/compare.json --rows "all$|chi2$" --budgets few.png
+    python report.py out/seed0/compare.json out/seed1/compare.json          # runs of several machines, joined
 
     runs    {setting: {seed: run}}, and run["measurements"] is {measurement: numbers}, as in compare.json
     tests   {name: contents} of the test sets, which the measurements refer to
@@ -643,7 +644,8 @@ def plot_gains(runs, tests, axes):
 
 def build_parser():
     p = Parser("The tables and figures of a finished comparison.")
-    p.add_argument("file", help="compare.json of a comparison, or one that is published")
+    p.add_argument("files", nargs="+", metavar="FILE",
+                   help="compare.json of a comparison, or several with other seeds or settings, which are joined")
     p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
     p.add_argument("--against", nargs="+", metavar="SETTING",
                    help="settings that the others are compared with (default: the first)")
@@ -656,17 +658,27 @@ def build_parser():
     return p
 
 
-def read(path, settings):
-    """(runs, tests) of a comparison, only these settings. Raises DataError."""
-    try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
-        runs = contents["runs"]
-        tests = contents["tests"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} was not written by compare.py: {error!r}") from None
+def read(paths, settings):
+    """(runs, tests) of one comparison, or of several joined, only these settings. Raises DataError."""
+    runs = {}
+    tests = {}
+    for path in paths:
+        try:
+            contents = json.loads(Path(path).read_text(encoding="utf-8"))
+            tests |= contents["tests"]
+            found = {setting: dict(by_seed) for setting, by_seed in contents["runs"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} was not written by compare.py: {error!r}") from None
+        for setting, by_seed in found.items():
+            joined = runs.setdefault(setting, {})
+            twice = sorted(joined.keys() & by_seed.keys())
+            if twice:
+                raise DataError(f"{path}: {setting!r} with seed {twice[0]} is in an earlier file too")
+            joined |= by_seed
+
     missing = [name for name in settings or [] if name not in runs]
     if missing:
-        raise DataError(f"{path} has no setting {missing[0]!r}, only: {', '.join(runs)}")
+        raise DataError(f"{', '.join(paths)}: no setting {missing[0]!r}, only: {', '.join(runs)}")
     for run in all_runs(runs):
         run["measurements"] |= own_loss(run.setdefault("curve", []))
     return {name: runs[name] for name in settings or runs}, tests
@@ -688,7 +700,7 @@ def main(argv=None):
         # Everything that can be wrong with the command line
         for path in (args.plot, args.curves, args.budgets):
             check_plot(path)
-        runs, tests = read(args.file, args.runs)
+        runs, tests = read(args.files, args.runs)
         against = args.against or list(runs)[:1]
         unknown = [name for name in against if name not in runs]
         if unknown:
@@ -701,7 +713,7 @@ def main(argv=None):
         # The measurements that are wanted, as tables and figures
         keep(runs, args.rows)
         if not measurement_names(runs):
-            raise DataError(f"--rows {args.rows!r} finds no measurement in {args.file}")
+            raise DataError(f"--rows {args.rows!r} finds no measurement in {', '.join(args.files)}")
         show(runs, find_differences(runs, tests, against), args.rows)
         if args.plot:
             plot(runs, tests, args.plot)

@@ -47,6 +47,24 @@ def test_rows_and_settings_can_be_chosen(finished, capsys):
         ["ar / mlm", "perplexity, all, ratio"], ["ar / mlm", "spectrum: chi2, ratio"]]
 
 
+def test_files_with_other_seeds_or_settings_are_joined(finished, capsys):
+    """Split by seed and by setting and joined again, it is the same comparison."""
+    whole = json.loads(Path("saved.json").read_text())
+    parts = {"first.json": lambda setting, seed: seed == "0" and setting != "mlm",
+             "second.json": lambda setting, seed: seed == "1" and setting != "mlm",
+             "third.json": lambda setting, seed: setting == "mlm"}
+    for name, wanted in parts.items():
+        runs = {setting: {seed: run for seed, run in by_seed.items() if wanted(setting, seed)}
+                for setting, by_seed in whole["runs"].items()}
+        runs = {setting: by_seed for setting, by_seed in runs.items() if by_seed}
+        Path(name).write_text(json.dumps({**whole, "runs": runs}))
+    report.main([*parts, "--against", "ar", "mlm"])
+    assert capsys.readouterr().out == finished
+
+    error = refused(capsys, "third.json")
+    assert "third.json: 'mlm' with seed 0 is in an earlier file too" in error
+
+
 def test_figures_need_the_file_only(finished):
     pytest.importorskip("matplotlib")
     report.main(["saved.json", "--plot", "a.png", "--curves", "b.svg"])

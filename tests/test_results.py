@@ -49,7 +49,7 @@ def printed():
             if command not in outputs:
                 out = io.StringIO()
                 words = shlex.split(command)
-                words[0] = str(ROOT / words[0])
+                words = [str(ROOT / word) if word.startswith("results/") else word for word in words]
                 for flag in ("--plot", "--curves", "--budgets"):    # figures are not drawn again
                     if flag in words:
                         at = words.index(flag)
