@@ -173,6 +173,7 @@ def check_evaluation(words, job):
     # What the script would refuse, for the model that will be trained
     module = importlib.import_module(words[0].removesuffix(".py"))
     module.check_flags(given)
+    pick_device(given.device)
     if hasattr(module, "check_model"):
         options = job.setting.options
         sizes = {name: options[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
@@ -375,8 +376,8 @@ def how_it_ended(code):
 def execute(plans, args):
     """Run what is left of every job, args.jobs of them in parallel, and say how much is left.
 
-    plans: [(Job, [Command])]. If one command fails, the jobs that are being worked on are finished, and the
-    rest is not begun.
+    plans: [(Job, [Command])]. If a command fails, the commands that run beside it are finished, and no other
+    is begun.
     """
     # How much there is to do
     left = Counter()                    # work not yet done, by script
@@ -387,6 +388,7 @@ def execute(plans, args):
     seconds = Counter()
     total = sum(len(commands) for _, commands in plans)
     begun = 0
+    failed = False
 
     def time_left():
         # By the time that each script has taken per unit of work
@@ -397,13 +399,19 @@ def execute(plans, args):
         return f"about {rest / 60 / args.jobs:.0f} min left"
 
     def work_on(job, commands):
-        nonlocal begun
+        nonlocal begun, failed
         for words, work in commands:
+            if failed:
+                return
             begun += 1
             line = f"[{begun} of {total}, {time_left()}] python {shlex.join(words)}\n"
             print(line, end="", flush=True)             # whole, whatever the other jobs print
             start = time.time()
-            call(words, args)
+            try:
+                call(words, args)
+            except ValueError:
+                failed = True
+                raise
             if words[0] != "train.py":
                 mark_finished(words, job)
             left[words[0]] -= work

@@ -148,7 +148,7 @@ def singular(A):
 
 
 def singular_values(A):
-    """s (V,) of N, falling, zeros beyond its rank."""
+    """s (V,) of N, falling. Beyond its rank they are 0, to rounding."""
     N = normalize(A)
     R, V = N.shape
     gram = N @ N.T if R < V else N.T @ N                            # the smaller one

@@ -292,7 +292,7 @@ def read_meta(name, data_dir):
         shards = []
         for split in SPLITS:
             for shard in meta["splits"][split]["shards"]:
-                shards.append(Shard(split, shard["file"], shard["tokens"], shard["sha256"]))
+                shards.append(Shard(split, os.fspath(shard["file"]), shard["tokens"], shard["sha256"]))
     except FileNotFoundError:
         found = ", ".join(sorted(other.parent.name for other in Path(data_dir).glob("*/meta.json")))
         raise DataError(f"there is no dataset {os.path.dirname(path)} (existing ones: {found or 'none'}). "
@@ -344,7 +344,7 @@ def load_counts(folder):
     try:
         counts = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
+        raise DataError(f"{path} does not exist: copy it from the folder of the dataset") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if counts.ndim != 1 or counts.dtype != np.int64 or len(counts) == 0 or counts.min() < 0:
@@ -442,12 +442,11 @@ def finish_replacing(folder):
     shards = {shard["file"] for split in SPLITS for shard in meta["splits"][split]["shards"]}
 
     # Remove the old one, meta.json first
-    number = "[0-9]" * 4 + "*"
     Path(folder, "meta.json").unlink(missing_ok=True)
-    for pattern in (f"train_{number}.npy", f"val_{number}.npy", "*.tmp"):
-        for path in Path(folder).glob(pattern):
-            if path.name not in shards:
-                path.unlink()
+    for path in Path(folder).iterdir():
+        is_shard = re.fullmatch(r"(train|val)_\d{4,}\.npy", path.name)
+        if is_shard and path.name not in shards:
+            path.unlink()
 
     # Put the new one in its place, meta.json last
     names = sorted(path.name for path in new.iterdir() if path.name != "meta.json")
@@ -513,9 +512,11 @@ def check_existing(wanted, data_dir):
     """meta.json of the dataset that exists. Raises DataError if it is not what is wanted."""
     folder = os.path.join(data_dir, wanted["name"])
     meta, _ = load(wanted["name"], data_dir)
-    changed = ", ".join(key for key in wanted if meta.get(key) != wanted[key])
+    changed = [key for key in wanted if meta.get(key) != wanted[key]]
+    if "contents" not in meta:
+        changed.append("contents")
     if changed:
-        raise DataError(f"{folder} already exists and differs in {changed}: "
+        raise DataError(f"{folder} already exists and differs in {', '.join(changed)}: "
                         "add --overwrite to replace it")
 
     # Are the files still what they were? What was downloaded may have been removed

@@ -400,6 +400,8 @@ def check_flags(args):
         raise ValueError("lr must be positive and finite")
     if args.finetune and (args.layer == "best" or args.directions):
         raise ValueError("--layer best and --directions are for probes, not for --finetune")
+    if args.glue_dir:
+        check_files(task_names(args), args.glue_dir)
     check_different(args.checkpoint, args.results)
 
 
@@ -417,17 +419,20 @@ def check_model(checkpoint, config, args):
                          "of texts")
 
 
-def load_tasks(args):
-    """The tasks that are asked for. All are loaded before any is computed."""
+def task_names(args):
+    """The names of the tasks that are asked for, each once."""
     members = {"glue": GLUE, "stdlib": BUILT_IN}
     names = []
     for task in args.tasks or ["glue"]:
         names += [name for name in members.get(task, [task]) if name not in names]
-    if args.glue_dir:
-        check_files(names, args.glue_dir)
+    return names
+
+
+def load_tasks(args):
+    """The tasks that are asked for. All are loaded before any is computed."""
     glue_dir = args.glue_dir or "data/glue"
     return [limit(load_task(name, glue_dir, download=not args.glue_dir), args.max_train)
-            for name in names]
+            for name in task_names(args)]
 
 
 class LoadedCheckpoint(NamedTuple):

@@ -30,6 +30,7 @@ is wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD 
 -matched, and by -N-windows with --max_windows N. Other flags write to the same file.
 """
 import math
+import os
 import sys
 import time
 from functools import partial
@@ -718,6 +719,9 @@ def check_flags(args):
                         ("suffix", args.suffix != "full"), ("plot", args.plot)]:
         if given and not METHODS[args.method].by_prompt:
             raise ValueError(f"--{name} needs --method left-to-right")
+    for name, given in [("text", args.text), ("data_dir", args.data_dir)]:
+        if given and not os.path.exists(given):
+            raise ValueError(f"--{name} {given} does not exist")
     check_different(args.checkpoint, args.results)
     check_plot(args.plot)
 

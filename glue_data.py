@@ -115,13 +115,13 @@ METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pear
 RESAMPLES = 500
 
 
-def bootstrap(metric, predicted, true, groups, samples=RESAMPLES):
+def bootstrap(metric, predicted, true, groups):
     """Standard error of metric(predicted, true): its standard deviation over resamples of the groups."""
-    return float(resample_metric(metric, predicted, true, groups, samples)[1:].std(ddof=1))
+    return float(resample_metric(metric, predicted, true, groups)[1:].std(ddof=1))
 
 
-def resample_metric(metric, predicted, true, groups, samples=RESAMPLES):
-    """metric(predicted, true), then the same on resamples of the groups, (1 + samples,) float64.
+def resample_metric(metric, predicted, true, groups):
+    """metric(predicted, true), then the same on resamples of the groups, (1 + RESAMPLES,) float64.
 
     groups: (n,) numbers; examples of one group are not independent and stay together.
     """
@@ -131,11 +131,11 @@ def resample_metric(metric, predicted, true, groups, samples=RESAMPLES):
         index = np.repeat(np.arange(len(true)), times[group])
         return metric(predicted[index], true[index])
 
-    return resample(value, group.max() + 1, samples)
+    return resample(value, group.max() + 1)
 
 
-def resample(statistic, n, samples=RESAMPLES):
-    """A statistic of n independent test units and its resamples, (1 + samples,) float64.
+def resample(statistic, n):
+    """A statistic of n independent test units and its resamples, (1 + RESAMPLES,) float64.
 
     statistic(times) -> float, where times (n,) says how often each unit (document, example) counts: first 1
     for all of them, then as often as it is drawn when n units are drawn with replacement. The draws depend on
@@ -143,7 +143,7 @@ def resample(statistic, n, samples=RESAMPLES):
     """
     rng = np.random.default_rng(0)
     values = [statistic(np.ones(n, dtype=np.int64))]
-    for _ in range(samples):
+    for _ in range(RESAMPLES):
         drawn = rng.integers(n, size=n)
         values.append(statistic(np.bincount(drawn, minlength=n)))
     return np.array(values)

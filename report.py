@@ -32,7 +32,7 @@ import numpy as np
 
 from common import DataError, Parser, check_plot, one_line_errors, save_figure
 from eval_glue import LABELS, title
-from glue_data import METRICS, RESAMPLES, resample, resample_metric
+from glue_data import METRICS, resample, resample_metric
 
 RULE = """\
 A difference is shown if it has the same sign in every seed and
@@ -62,10 +62,10 @@ def se_over_seeds(by_seed):
 def errors(pairs):
     """The difference of two settings with both errors and the verdict, as a dict.
 
-    pairs: [(a, b)] of arrays (1 + RESAMPLES,), one pair per seed. "se_seeds" is None with one seed; then
+    pairs: [(a, b)] of arrays (1 + resamples,), one pair per seed. "se_seeds" is None with one seed; then
     "shown" is None too, as nothing can be said. Arrays (1,), of what has no resamples: "se_test" is None.
     """
-    differences = np.array([a - b for a, b in pairs])       # (seeds, 1 + RESAMPLES), or (seeds, 1)
+    differences = np.array([a - b for a, b in pairs])       # (seeds, 1 + resamples), or (seeds, 1)
     by_seed = differences[:, 0]
     mean = float(by_seed.mean())
     resamples = differences.mean(axis=0)[1:]
@@ -148,24 +148,24 @@ def test_of(run, name):
 # Resampling the test documents or examples
 
 def resample_perplexity(measured):
-    """Mean nats per token, (1 + RESAMPLES,): the documents are resampled."""
+    """Mean nats per token, (1 + resamples,): the documents are resampled."""
     nats = np.array(measured["nats"])               # (documents,), sums over the scored tokens
     tokens = np.array(measured["tokens"])           # (documents,), how many those are
 
     def mean_nats(times):
         return times @ nats / max(1, times @ tokens)
 
-    return resample(mean_nats, len(nats), RESAMPLES)
+    return resample(mean_nats, len(nats))
 
 
 def resample_probe(measured, test):
-    """A probe's metric in points, (1 + RESAMPLES,): the groups of test examples are resampled."""
+    """A probe's metric in points, (1 + resamples,): the groups of test examples are resampled."""
     predicted = decode(measured["predictions"])     # (examples,)
     true = decode(test["labels"])                   # (examples,)
     groups = np.arange(len(true))
     if test["groups"] is not None:
         groups = test["groups"]
-    return 100 * resample_metric(METRICS[measured["metric"]], predicted, true, groups, RESAMPLES)
+    return 100 * resample_metric(METRICS[measured["metric"]], predicted, true, groups)
 
 
 def decode(values):
@@ -176,7 +176,7 @@ def decode(values):
 
 
 def resample_run(run, tests):
-    """{measurement: (1 + RESAMPLES,)} of one run."""
+    """{measurement: (1 + resamples,)} of one run."""
     out = {}
     for name, measured in run["measurements"].items():
         if "nats" in measured:
@@ -203,31 +203,33 @@ RATIOS = ("perplexity", SPECTRUM)       # measurements that are compared by thei
 def perplexities(result, tests):
     """The measurements in a result of eval_ppl.py. Adds its test set to `tests`."""
     contents = {"text_sha256": result.get("text_sha256"), **result["documents"]}
-    test = remember(tests, result["text"], contents)
+    sample = {**contents, "samples": result["samples"]}
     kind = MATCHED if result["suffix"] == "matched" else ""
-    numbers = {f"perplexity after {k}": (k, found, test) for k, found in result["prompt_lengths"].items()}
+    out = {}
+
+    def add(name, key, found, scored):
+        """key: that of the sums in `result`, found: what follows from them, scored: on which test set."""
+        nats = [round(nats, 3) for nats in result["nats"][key]]
+        out[name + kind] = {"value": found["perplexity"], "test": remember(tests, result["text"], scored),
+                            "tokens": result["tokens"][key], "nats": nats}
 
     # A masked model is scored on a sample of all tokens, a causal one on all of them and on the same sample
-    masked = result["suffix"] is not None                   # left to right
-    if not masked:
-        numbers["perplexity, all"] = "all", result["all"], test
-    if masked or result["sample"]:
-        k = "all" if masked else "sample"
-        sample = remember(tests, result["text"], {**contents, "samples": result["samples"]})
-        numbers[SAMPLED] = k, result[k], sample
+    for k, found in result["prompt_lengths"].items():
+        add(f"perplexity after {k}", k, found, contents)
+    if result["method"] != "left-to-right":                 # another number, that has its own name
+        add(f"perplexity, {result['method']}", "all", result["all"], sample)
+    elif result["suffix"] is not None:
+        add(SAMPLED, "all", result["all"], sample)
+    else:
+        add("perplexity, all", "all", result["all"], contents)
+        if result["sample"]:
+            add(SAMPLED, "sample", result["sample"], sample)
 
     # The same tokens with more and more of the text before them visible
-    if result["context"]:
-        visible = list(result["context"])
-        same = remember(tests, result["text"], {**contents, "samples": result["samples"], "visible": visible})
-        for m, found in result["context"].items():
-            numbers[f"perplexity, {m} tokens visible"] = f"context {m}", found, same
+    for m, found in result["context"].items():
+        scored = {**sample, "visible": list(result["context"])}
+        add(f"perplexity, {m} tokens visible", f"context {m}", found, scored)
 
-    out = {}
-    for name, (k, found, scored) in numbers.items():
-        nats = [round(nats, 3) for nats in result["nats"][k]]
-        out[name + kind] = {"value": found["perplexity"], "test": scored, "tokens": result["tokens"][k],
-                            "nats": nats}
     if result["unigram"] and not kind:
         out[UNIGRAM] = {"value": result["unigram"]["perplexity"]}
     return out
@@ -645,7 +647,7 @@ def plot_gains(runs, tests, axes):
 def build_parser():
     p = Parser("The tables and figures of a finished comparison.")
     p.add_argument("files", nargs="+", metavar="FILE",
-                   help="compare.json of a comparison, or several with other seeds or settings, which are joined")
+                   help="compare.json of a comparison; several with other seeds or settings are joined")
     p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
     p.add_argument("--against", nargs="+", metavar="SETTING",
                    help="settings that the others are compared with (default: the first)")
@@ -667,6 +669,8 @@ def read(paths, settings):
             contents = json.loads(Path(path).read_text(encoding="utf-8"))
             tests |= contents["tests"]
             found = {setting: dict(by_seed) for setting, by_seed in contents["runs"].items()}
+            for run in all_runs(found):
+                run["measurements"] |= own_loss(run.setdefault("curve", []))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} was not written by compare.py: {error!r}") from None
         for setting, by_seed in found.items():
@@ -679,8 +683,6 @@ def read(paths, settings):
     missing = [name for name in settings or [] if name not in runs]
     if missing:
         raise DataError(f"{', '.join(paths)}: no setting {missing[0]!r}, only: {', '.join(runs)}")
-    for run in all_runs(runs):
-        run["measurements"] |= own_loss(run.setdefault("curve", []))
     return {name: runs[name] for name in settings or runs}, tests
 
 

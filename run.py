@@ -286,7 +286,10 @@ def replace_older(out_dir):
 
 
 def finish_replacing(out_dir):
-    """What a process that was killed in `replace_older` left to do. Raises DataError if it is still alive."""
+    """What a process that was killed in `replace_older` left to do.
+
+    Raises DataError if it is still alive. Under torchrun it waits for it instead.
+    """
     if not os.path.exists(os.path.join(out_dir, ".new", "ckpt.pt")):
         return
     if "RANK" in os.environ:                                # all processes come here: one does it

@@ -131,19 +131,20 @@ def mean_features(model, text):
 
 def measure(model, shards, options, n, seed=0, features=False, batch_size=64):
     """The spectrum of a model on n contexts, as a dict of JSON values. Losses in nats."""
-    parts = []                          # (P, weights, losses) of each batch
+    batches = []                        # (P, weights, losses) of each
     pooled = []
     for first in tqdm(range(0, n, batch_size), desc="contexts", leave=False, disable=None):
         indices = range(first, min(n, first + batch_size))
         contexts = sample_contexts(shards, options, indices, seed)
         P = predict(model, contexts.inputs, contexts.position)                      # (B, V)
         likelihoods = np.take_along_axis(P, contexts.targets, axis=1)               # (B, K)
-        parts.append((P, contexts.weights, -np.log(likelihoods).mean(axis=1)))
+        batches.append((P, contexts.weights, -np.log(likelihoods).mean(axis=1)))
         if features:
             pooled.append(mean_features(model, contexts.text))
 
     # The model's joint distribution of context and target
-    P, weights, losses = [np.concatenate(arrays) for arrays in zip(*parts)]         # (n, V), (n,), (n,)
+    P, weights, losses = [np.concatenate(arrays) for arrays in zip(*batches)]       # (n, V), (n,), (n,)
+    del batches                         # as large as P
     s = singular_values(P, weights)
     hitting = cooccurrence.describe(s)["hitting"]
     whole, half, quarter = [chi2(P, weights, parts) for parts in (1, 2, 4)]
@@ -234,7 +235,7 @@ def build_parser():
     parser.add_argument("--checkpoint", nargs="+", default=["out/vlm"], metavar="DIR",
                         help="checkpoint folders, of several models or of one along its run")
     parser.add_argument("--contexts", type=int, default=8192, metavar="N",
-                        help="contexts to draw; memory is 16 bytes * N * vocabulary")
+                        help="contexts to draw; memory is 32 bytes * N * vocabulary")
     parser.add_argument("--features", action="store_true",
                         help="also the singular values of the mean hidden state, and its effective rank: "
                              "exp(entropy of the shares of variance of its principal directions)")

@@ -167,7 +167,8 @@ def make_copy(folder, exercises):
 
     # Make it beside its place, and move it there when it is complete
     unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if unfinished.exists():
+        raise ValueError(f"{unfinished} is in the way, perhaps a copy that was not finished: remove it")
     try:
         for name in tracked_files():
             if not is_left_out(name):

@@ -149,7 +149,7 @@ def test_of_no_difference_at_most_one_in_twenty_is_shown(seeds, test_share):
 
 def test_the_whole_chain_on_data_without_a_difference(monkeypatch):
     """From documents to verdict: two settings whose runs differ by noise of documents and of seeds only."""
-    monkeypatch.setattr(report, "RESAMPLES", 60)
+    monkeypatch.setattr(glue_data, "RESAMPLES", 60)
     rng = np.random.default_rng(5)
     tokens = np.full(30, 100)
     shown = {0.0: 0, 0.1: 0}
@@ -220,7 +220,8 @@ def test_a_causal_model_is_compared_with_a_masked_one_on_the_same_tokens():
     """Its exact perplexity is no part of it: on a sample other tokens are scored."""
     def result(suffix, nats, sample):
         found = {"perplexity": math.exp(nats)}
-        return {"text": "val", "text_sha256": "abc", "suffix": suffix, "samples": 2, "prompt_lengths": {}, "context": {},
+        return {"text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": suffix, "samples": 2,
+                "prompt_lengths": {}, "context": {},
                 "unigram": None, "documents": {"windows": [1]}, "all": found,
                 "sample": None if sample is None else {"perplexity": math.exp(sample)},
                 "nats": {"all": [10 * nats], "sample": [10 * (sample or 0)]},
@@ -244,8 +245,8 @@ def test_context_is_compared_on_the_tokens_that_all_contexts_share():
     def result(samples, nats):
         found = {m: {"perplexity": math.exp(value)} for m, value in nats.items()}
         scored = {f"context {m}": [10 * value] for m, value in nats.items()}
-        return {"text": "val", "text_sha256": "abc", "suffix": "full", "samples": samples, "prompt_lengths": {},
-                "context": found, "unigram": None,
+        return {"text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": "full",
+                "samples": samples, "prompt_lengths": {}, "context": found, "unigram": None,
                 "documents": {"windows": [1]}, "all": {"perplexity": 1.0}, "nats": {"all": [0], **scored},
                 "tokens": {"all": [10], **{name: [10] for name in scored}}}
 
@@ -259,6 +260,16 @@ def test_context_is_compared_on_the_tokens_that_all_contexts_share():
     assert found["vlm", "perplexity, all tokens visible"]["mean"] == -0.5
     assert found["vlm", "perplexity, 4 tokens visible"]["se_test"] is not None
     assert found["more", "perplexity, 4 tokens visible"]["se_test"] is None         # other tokens
+
+
+def test_another_method_is_another_measurement():
+    """Pseudo-perplexity is no likelihood: it must not stand in the row of causal models."""
+    result = {"text": "val", "text_sha256": "abc", "method": "pseudo", "suffix": None, "samples": 8,
+              "prompt_lengths": {}, "context": {}, "unigram": None, "sample": None,
+              "documents": {"windows": [1]}, "all": {"perplexity": 2.0},
+              "nats": {"all": [1.0]}, "tokens": {"all": [1]}}
+    assert list(report.perplexities(result, {})) == ["perplexity, pseudo"]
+    assert list(report.perplexities({**result, "method": "left-to-right"}, {})) == ["perplexity, all"]
 
 
 def test_a_setting_that_its_objective_ignores_is_refused(scripts, capsys):
@@ -362,7 +373,7 @@ class Scripts:
 @pytest.fixture
 def scripts(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "RESAMPLES", 20)
+    monkeypatch.setattr(glue_data, "RESAMPLES", 20)
     played = Scripts()
     monkeypatch.setattr(compare, "call", played)
     return played
@@ -672,20 +683,33 @@ def test_a_command_that_fails_says_how_it_ended(monkeypatch, tmp_path):
         assert crash.startswith("(ended by a signal: Segmentation fault") and "Fatal Python error" in crash
 
 
-def test_after_a_failure_nothing_else_is_begun(monkeypatch):
-    """The second run fails at once while the first is at work: the third is not begun."""
+@pytest.mark.parametrize("jobs, expected", [(1, ["a", "b"]), (2, ["a", "b"])])
+def test_after_a_failure_nothing_else_is_begun(monkeypatch, jobs, expected):
+    """The second run fails: with two jobs at once, while the first is at work. Its evaluation is not begun either."""
     begun = []
 
     def call(words, args):
         begun.append(words[1])
-        time.sleep(0.3 if words[1] == "a" else 0)
+        time.sleep(0.3 if words[1] == "a" else 0.05)
         if words[1] == "b":
             raise ValueError("b fails")
     monkeypatch.setattr(compare, "call", call)
-    plans = [(None, [compare.Command(["train.py", name], 1)]) for name in "abcdef"]
+    plans = [(None, [compare.Command(["train.py", name], 1)]) for name in "bcdef"]
+    plans.insert(0, (None, [compare.Command(["train.py", "a"], 1)]))
+    plans[1][1].append(compare.Command(["train.py", "b2"], 1))
     with pytest.raises(ValueError, match="b fails"):
-        compare.execute(plans, argparse.Namespace(jobs=2))
-    assert len(begun) <= 3, begun                           # one may be taken up before the failure is known
+        compare.execute(plans, argparse.Namespace(jobs=jobs))
+    assert begun == expected
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--eval_ppl", "--text nope.txt"], "--text nope.txt does not exist"),
+    (["--eval_ppl", "--val --data_dir nowhere"], "--data_dir nowhere does not exist"),
+    (["--eval_ppl", "--val --device cuda:7"], "cuda"),
+    (["--eval_glue", "--tasks RTE --glue_dir nope"], "nope")])
+def test_what_an_evaluation_needs_is_there_before_the_first_run(scripts, capsys, words, reason):
+    assert reason in refused(capsys, "--runs", "ar", *words)
+    assert scripts.commands == []
 
 
 def test_an_evaluation_that_cannot_save_its_result_is_not_finished(monkeypatch, tmp_path):

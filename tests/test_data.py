@@ -566,9 +566,12 @@ def test_files_that_are_not_of_a_dataset_stay(tmp_path):
     folder = tmp_path / "x"
     (folder / "new").mkdir(parents=True)
     write_jsonl(folder / "new/a.jsonl", ["one text " * 50, "another text " * 50])
-    (folder / "train_labels.npy").write_text("mine")
+    mine = ["train_labels.npy", "train_2024_labels.npy", "notes.tmp"]
+    for name in mine:
+        (folder / name).write_text("mine")
     prepare_small([folder / "new/a.jsonl"], tmp_path, tokenizer="bytes")
-    assert (folder / "new/a.jsonl").exists() and (folder / "train_labels.npy").read_text() == "mine"
+    assert (folder / "new/a.jsonl").exists()
+    assert [(folder / name).read_text() for name in mine] == ["mine"] * 3
     data.load("x", str(tmp_path), full=True)
 
 

@@ -404,10 +404,6 @@ def different_order(k, i):
     return [("aab", "cdd"), ("ddc", "baa")][k]
 
 
-def quick_bootstrap(*args):
-    return glue_data.bootstrap(*args, samples=20)
-
-
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
     save(tmp_path / "ar", True)
@@ -419,7 +415,7 @@ def checkpoints(tmp_path, monkeypatch):
           HEADERS["WNLI"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(probe, "ENOUGH", 20)                                # faster: two tenths are judged
-    monkeypatch.setattr(eval_glue, "bootstrap", quick_bootstrap)
+    monkeypatch.setattr(glue_data, "RESAMPLES", 20)
     return tmp_path
 
 
@@ -462,7 +458,7 @@ def test_value_and_error_can_be_computed_again_from_the_file(checkpoints):
     for source in ("model", "embeddings", "untrained", "majority"):
         predicted = np.array([int(c, 36) for c in row[source]["predictions"]])
         assert np.mean(predicted == labels) == row[source]["value"]
-        error = quick_bootstrap(glue_data.accuracy, predicted, labels, np.arange(40))
+        error = glue_data.bootstrap(glue_data.accuracy, predicted, labels, np.arange(40))
         assert error == row[source]["se"]
 
 
@@ -723,16 +719,19 @@ def test_learning_rate_is_judged_on_examples_that_were_not_fitted(checkpoints, m
     rte(checkpoints / "glue/RTE", 120, 40, different_words)
     calls = []
 
-    def record(model, train, tests, **how):
-        calls.append((train.groups, [test.groups for test in tests]))
-        return [test.y for test in tests]
+    def record(model, train, tests, lr, seed, **how):
+        calls.append((train.groups, [test.groups for test in tests], lr, seed))
+        return [test.y if lr == 1e-3 else 0 * test.y for test in tests]
 
     monkeypatch.setattr(finetune, "finetune", record)
-    main("--tasks", "RTE", "--finetune", "--seeds", "1", "--lr", "1e-2", "1e-3")
-    assert len(calls) == 6                                  # model and untrained: two rates, then all of it
-    fitted, [judged] = calls[0]
+    main("--tasks", "RTE", "--finetune", "--seeds", "3", "--lr", "1e-2", "1e-3")
+    assert len(calls) == 10                         # model and untrained: two rates, then all of it with 3 seeds
+    fitted, [judged], _, _ = calls[0]
     assert sorted([*fitted, *judged]) == list(range(120)) and len(judged) == 12
-    assert len(calls[2][0]) == 120
+    assert [lr for _, _, lr, _ in calls[:2]] == [1e-3, 1e-2]
+    final = calls[2:5]
+    assert [len(fitted) for fitted, *_ in final] == [120] * 3
+    assert [(lr, seed) for *_, lr, seed in final] == [(1e-3, 0), (1e-3, 1), (1e-3, 2)]
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 4])
@@ -754,6 +753,11 @@ def test_value_error_and_predictions_of_fine_tuning_are_of_one_seed(seeds):
     assert found["value"] == np.mean(predicted == y)
     assert found["se"] == glue_data.bootstrap(glue_data.accuracy, predicted, y, split.groups)
     assert eval_glue.median_seed(fit, 0, split, glue_data.accuracy)[0].tolist() == predicted.tolist()
+
+    # Accuracy by length is of the same seed: of equal lengths there is one part
+    equal = glue_data.Split([[1, 2]] * 20, y, np.arange(20))
+    [part] = eval_glue.by_length({"model": fit}, 0, equal, glue_data.accuracy)
+    assert part == {"up_to": 2, "n": 20, "value": found["value"]}
 
 
 def test_ties_between_learning_rates_go_to_the_middle():

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -695,6 +696,17 @@ def test_word_frequencies_stand_beside_every_perplexity(work, capsys):
     row = next(line for line in out.splitlines() if line.startswith("word frequencies alone"))
     assert row.split()[3] == f"{math.exp(want):.2f}"
     assert "out/mlm has not learned to use context yet" in out
+
+    # The causal model on all tokens, and on the sample of the masked one
+    causal = report_of(f"out/dar/eval_ppl_{TEXT_NAME}_left-to-right.json")
+    nats = sum(causal["nats"]["sample"]) / sum(causal["tokens"]["sample"])
+    assert causal["sample"]["nats_per_token"] == pytest.approx(nats)
+    assert causal["sample"]["perplexity"] != causal["all"]["perplexity"]
+    report["all"]["perplexity"], causal["all"]["perplexity"], causal["sample"]["perplexity"] = 30.0, 20.0, 10.0
+    lines = eval_ppl.table([report, causal]).splitlines()
+    rows = {line.split("   ")[0]: re.findall(r"(\S+) ± ", line) for line in lines}
+    assert rows["all: perplexity"] == ["30.00", "20.00"] and rows["all, sampled: perplexity"] == ["30.00", "10.00"]
+    assert "all, sampled" not in eval_ppl.table([causal])                   # nothing to compare with
 
     # On the same text the two kinds of models are scored on other tokens, and a sentence says so
     assert "scored on the same tokens as the model. For a masked model" in out

@@ -1060,6 +1060,12 @@ def mlm_rounds_down(x, draw, options):
     return mask_chosen(REFERENCE["uniform_masks"](np.full(len(x), count), draw, options), x, draw, options)
 
 
+@wrong(3, "mlm", "no position is scored")
+def mlm_masks_nothing_at_small_ratios(x, draw, options):
+    count = round(options.mask_ratio * options.block_size)
+    return mask_chosen(REFERENCE["uniform_masks"](np.full(len(x), count), draw, options), x, draw, options)
+
+
 @wrong(3, "mlm", "round(0.4 * 16) = 6 positions of every sequence are masked, not 7")
 def mlm_rounds_up(x, draw, options):
     count = int(np.ceil(options.mask_ratio * options.block_size))
@@ -1342,6 +1348,14 @@ def vlm_drops_what_exceeds_the_mean(x, draw, options):
     batch = REFERENCE["vlm"](x, draw, options)
     slots = len(x) * (low + high) // 2
     return Batch(batch.inputs, *[field[:slots] for field in batch[1:]])
+
+
+@wrong(4, "vlm", "no position is scored")
+def vlm_masks_nothing_at_small_ratios(x, draw, options):
+    low, high = options.mask_range
+    ratio = low + (high - low) * draw.per_sequence(1)[:, 0]
+    counts = np.rint(ratio * options.block_size).astype(np.int64)
+    return mask_chosen(REFERENCE["uniform_masks"](counts, draw, options), x, draw, options)
 
 
 def spoilt_vlm(masks):

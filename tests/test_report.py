@@ -151,7 +151,9 @@ def test_bad_input_is_one_line_and_exit_2(finished, capsys):
     assert "not one of: ar" in refused(capsys, "--against", "vlm")
     assert "regular expression" in refused(capsys, "--rows", "(")
     assert "'bleu' finds no measurement" in refused(capsys, "--rows", "bleu")
-    Path("saved.json").write_text("[]")
-    assert "not written by compare.py" in refused(capsys)
+    for text in ("[]", '{"runs": [], "tests": {}}', '{"runs": {"ar": 1}, "tests": {}}',
+                 '{"runs": {"ar": {"0": {"curve": []}}}, "tests": {}}'):
+        Path("saved.json").write_text(text)
+        assert "not written by compare.py" in refused(capsys)
     Path("saved.json").unlink()
     assert "saved.json" in refused(capsys)

@@ -429,6 +429,8 @@ def test_bfloat16(checkpoints, capsys):
     for name in ("ar", "vlm"):
         flags = ["--prompt", "x = ", "--dtype", "bfloat16", "--device", "cpu"]
         assert text_of(capsys, "--checkpoint", checkpoints / name, *flags).startswith("x = ")
+        model, _ = load_checkpoint(checkpoints / name, "cpu", "bfloat16")
+        assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "ar"],

@@ -182,6 +182,14 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
     assert not (tmp_path / "mine.tmp").exists()
 
 
+def test_a_folder_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "mine.tmp").mkdir()
+    (tmp_path / "mine.tmp" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="mine.tmp is in the way"):
+        make_copy(tmp_path / "mine", [])
+    assert (tmp_path / "mine.tmp" / "notes.txt").read_text() == "precious"
+
+
 def test_an_exercise_without_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="exercise 6 has no function"):
         make_copy(tmp_path / "copy", [6])

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,13 @@ def test_the_learning_rate_warms_up_and_decays(run, tmp_path):
         done = line["step"] - 1
         expected = 0.01 * min(1, (done + 1) / 3, 0.05 + 0.95 * (20 - done) / 14)
         assert line["lr"] == pytest.approx(expected), f"learning rate of update {line['step']}"
+
+
+def test_a_line_of_the_log_is_of_all_steps_since_the_last_one():
+    """Mean loss and speed of all of them, the gradient norm of the last. Two steps of 100 tokens in 4 seconds."""
+    args = types.SimpleNamespace(batch_tokens=100, device="cpu")
+    line = script.measured(torch.tensor([[1.0, 5.0], [3.0, 7.0]]), 4.0, 1e6, args)
+    assert line == {"train_loss": 2.0, "grad_norm": 7.0, "tokens_per_second": 50.0}
 
 
 def test_the_gradient_is_clipped(run, tmp_path):
