@@ -398,25 +398,29 @@ def execute(plans, args):
         rest = sum(left[script] * seconds[script] / done[script] for script in waiting)
         return f"about {rest / 60 / args.jobs:.0f} min left"
 
+    def run(job, words, work):
+        nonlocal begun
+        begun += 1
+        line = f"[{begun} of {total}, {time_left()}] python {shlex.join(words)}\n"
+        print(line, end="", flush=True)                 # whole, whatever the other jobs print
+
+        start = time.time()
+        call(words, args)
+        if words[0] != "train.py":
+            mark_finished(words, job)
+        left[words[0]] -= work
+        done[words[0]] += work
+        seconds[words[0]] += time.time() - start
+
     def work_on(job, commands):
-        nonlocal begun, failed
-        for words, work in commands:
-            if failed:
-                return
-            begun += 1
-            line = f"[{begun} of {total}, {time_left()}] python {shlex.join(words)}\n"
-            print(line, end="", flush=True)             # whole, whatever the other jobs print
-            start = time.time()
-            try:
-                call(words, args)
-            except ValueError:
-                failed = True
-                raise
-            if words[0] != "train.py":
-                mark_finished(words, job)
-            left[words[0]] -= work
-            done[words[0]] += work
-            seconds[words[0]] += time.time() - start
+        nonlocal failed
+        try:
+            for words, work in commands:
+                if not failed:                          # nor in another job
+                    run(job, words, work)
+        except Exception:
+            failed = True
+            raise
 
     # The commands of a job one after the other, args.jobs jobs at a time
     pool = ThreadPoolExecutor(args.jobs)

@@ -470,10 +470,12 @@ def plot_curves(runs, tests, path):
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
     ends = draw_curves(runs, axes, loss_points)
+
     # Word frequencies are known on the text of the perplexities: a level here only if it is the same text
     level = without_context(runs)
     if level and any(name.startswith("val ") for name in tests):
         dotted(axes, math.log(level))
+
     axes.set(xlabel="tokens seen (millions)", ylabel="validation loss (nats per scored token)",
              title="Each objective's own loss")
     label_ends(axes, ends)
