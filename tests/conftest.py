@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = 10             # per exercise, in proportion to the tests that pass
-GRACE = 5               # seconds for code that ran too long to fail as it should
+GRACE = 2               # seconds for code that ran too long to fail as it should
 GRADED = pytest.StashKey()
 
 

@@ -77,6 +77,7 @@ def test_an_endless_loop_at_import_is_one_line(tmp_path):
                     for n in (1, 2)]
 
 
+@pytest.mark.slow
 @HAS_ALARMS
 @pytest.mark.parametrize("where, name", [
     ("def ar():\n    ", "test_ar"), ("if True:\n    ", "the import of test_objectives.py")])

@@ -432,6 +432,7 @@ def names(report):
     return sorted({row["task"] for row in report["results"]})
 
 
+@pytest.mark.slow
 def test_script_writes_a_table_and_a_json_for_each_checkpoint(checkpoints):
     done = subprocess.run([sys.executable, str(ROOT / "eval_glue.py"), "--checkpoint", "ar", "vlm",
                            "--glue_dir", "glue", "--tasks", "RTE", "--pool", "mean", "last"],
@@ -484,6 +485,7 @@ def test_result_does_not_depend_on_the_global_seed(checkpoints):
     assert values[0] == values[1]
 
 
+@pytest.mark.slow
 def test_results_of_other_commands_on_the_same_weights_are_kept(checkpoints):
     main("--tasks", "RTE")
     main("--tasks", "WNLI")
