@@ -522,7 +522,7 @@ def test_a_refusal_ends_all_processes_without_a_traceback(run, data_dir, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
-    ("--lookahead x", "lookahead"), ("--resume", "holds no checkpoint"),
+    ("--dataset nowhere", "there is no dataset"), ("--lookahead x", "lookahead"), ("--resume", "holds no checkpoint"),
     ("--block_size 16384 --batch_tokens 131072", "window")])
 def test_an_error_is_said_once_in_all(data_dir, tmp_path, flags, message):
     done = subprocess.run(
