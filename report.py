@@ -183,7 +183,7 @@ def resample_run(run, tests):
             out[name] = resample_perplexity(measured)
         elif "predictions" in measured:
             out[name] = resample_probe(measured, tests[measured["test"]])
-        elif "minus" in measured:                   # a gain: model less embeddings, on the same resamples
+        elif "minus" in measured:                   # a gain: one measurement less another, on the same resamples
             out[name] = out[measured["of"]] - out[measured["minus"]]
         elif name.startswith(SPECTRUM):             # the same contexts for all runs: not resampled
             out[name] = np.log([measured["value"]])
@@ -197,6 +197,7 @@ MATCHED = ", masks as in training"
 UNIGRAM = "perplexity, word frequencies alone"
 OWN_LOSS = "validation loss, own objective"
 SPECTRUM = "spectrum: "
+CONTEXT_GAIN = "gain in nats, "
 RATIOS = ("perplexity", SPECTRUM)       # measurements that are compared by their ratio begin so
 
 
@@ -226,9 +227,21 @@ def perplexities(result, tests):
             add(SAMPLED, "sample", result["sample"], sample)
 
     # The same tokens with more and more of the text before them visible
-    for m, found in result["context"].items():
-        scored = {**sample, "visible": list(result["context"])}
-        add(f"perplexity, {m} tokens visible", f"context {m}", found, scored)
+    visible = sorted(result["context"], key=lambda m: math.inf if m == "all" else int(m))
+    for m in visible:
+        scored = {**sample, "visible": visible}
+        add(f"perplexity, {m} tokens visible", f"context {m}", result["context"][m], scored)
+
+    # ... and what the additional text is worth, step by step and in all
+    steps = list(zip(visible, visible[1:]))
+    if len(steps) > 1:
+        steps.append((visible[0], visible[-1]))
+    for fewer, more in steps:
+        before = f"perplexity, {fewer} tokens visible{kind}"
+        after = f"perplexity, {more} tokens visible{kind}"
+        out[f"{CONTEXT_GAIN}from {fewer} to {more} tokens visible{kind}"] = {
+            "value": math.log(out[before]["value"] / out[after]["value"]),
+            "test": out[before]["test"], "of": before, "minus": after}
 
     if result["unigram"] and not kind:
         out[UNIGRAM] = {"value": result["unigram"]["perplexity"]}
@@ -345,7 +358,7 @@ def table(runs, rows=""):
         for by_seed in runs.values():
             found = [run["measurements"].get(name) for run in by_seed.values()]
             values = [measured["value"] for measured in found if measured]
-            digits = 3 if name.startswith((f"{SPECTRUM}s_", OWN_LOSS)) else 1
+            digits = 3 if name.startswith((f"{SPECTRUM}s_", OWN_LOSS, CONTEXT_GAIN)) else 1
             row.append(mean_and_range(values, digits) if values else "-")
         lines.append(row)
     if len(runs) > WIDE:
@@ -382,14 +395,17 @@ def difference_table(differences):
         mean = found["mean"]
         by_seed = found["by_seed"]
 
-        # Logarithms become a ratio, points stay points
+        # Logarithms become a ratio, points and nats stay what they are
         sign = "-"
-        unit = "points"
+        unit = ", points"
         digits = 1
         scale = 1.0
-        if found["measurement"].startswith(RATIOS):
+        if found["measurement"].startswith(CONTEXT_GAIN):
+            unit = ""                               # its name says it
+            digits = 3
+        elif found["measurement"].startswith(RATIOS):
             sign = "/"
-            unit = "ratio"
+            unit = ", ratio"
             digits = 3
             mean = np.exp(mean)
             by_seed = np.exp(by_seed)
@@ -399,7 +415,7 @@ def difference_table(differences):
             return "-" if found[kind] is None else f"{scale * found[kind]:.{digits}f}"
 
         settings = f"{found['setting']} {sign} {found['against']}"
-        measurement = f"{found['measurement']}, {unit}"
+        measurement = found["measurement"] + unit
         verdict = {True: "shown", False: "not shown", None: "-"}[found["shown"]]
         rows.append([settings, measurement, with_range(mean, by_seed, digits),
                      error("se_seeds"), error("se_test"), verdict])
@@ -610,7 +626,7 @@ def plot_gains(runs, tests, axes):
     names = {}
     for run in all_runs(runs):
         for name, measured in run["measurements"].items():
-            if "minus" in measured and "fine-tuned" not in name:
+            if ": gain" in name and "fine-tuned" not in name:
                 short = name.split(": gain")[0].replace(", accuracy", "").replace("stdlib-", "")
                 names[name] = short.replace(", ", "\n")
     whole = {name: short for name, short in names.items() if "directions" not in name}

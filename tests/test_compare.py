@@ -263,6 +263,37 @@ def test_context_is_compared_on_the_tokens_that_all_contexts_share():
     assert found["more", "perplexity, 4 tokens visible"]["se_test"] is None         # other tokens
 
 
+def test_what_context_is_worth_is_a_difference_of_nats():
+    """Documents of 10 and 30 tokens, and visible lengths in another order than theirs."""
+    nats = {"16": [20.0, 90.0], "4": [30.0, 90.0], "all": [10.0, 60.0]}             # sums, per document
+    found = {m: {"perplexity": math.exp(sum(values) / 40)} for m, values in nats.items()}
+    scored = {f"context {m}": values for m, values in nats.items()}
+    result = {"text": "val", "text_sha256": "abc", "method": "left-to-right", "suffix": "matched",
+              "samples": 8, "prompt_lengths": {}, "context": found, "unigram": None,
+              "documents": {"windows": [1, 1]}, "all": {"perplexity": 1.0}, "nats": {"all": [0, 0], **scored},
+              "tokens": {"all": [10, 30], **{name: [10, 30] for name in scored}}}
+    measured = report.perplexities(result, {})
+    gains = {name: value for name, value in measured.items() if name.startswith("gain")}
+    expected = {"from 4 to 16": 0.25, "from 16 to all": 1.0, "from 4 to all": 1.25}
+    assert {name: round(value["value"], 9) for name, value in gains.items()} == {
+        f"gain in nats, {step} tokens visible, masks as in training": nats for step, nats in expected.items()}
+
+    # The same resamples of the two documents for both of its ends: 1 and 0 nats in them, or their mean
+    run = {"measurements": measured}
+    resampled = report.resample_run(run, {})["gain in nats, from 4 to 16 tokens visible, masks as in training"]
+    assert resampled[0] == pytest.approx(0.25) and set(resampled.round(6)) == {0, 0.25, 1}
+
+    # A table of nats, with three digits and one unit
+    def cells(table):
+        [row] = [line for line in table.splitlines() if "from 4 to 16" in line]
+        return [cell.strip() for cell in row.strip("|").split("|")]
+
+    runs = {"mlm": {"0": run}, "vlm": {"0": run}}
+    name = "gain in nats, from 4 to 16 tokens visible, masks as in training"
+    assert cells(report.table(runs)) == [name, "0.250", "0.250"]
+    assert cells(report.difference_table(report.find_differences(runs, {}, ["mlm"])))[:3] == ["vlm - mlm", name, "0.000"]
+
+
 def test_another_method_is_another_measurement():
     """Pseudo-perplexity is no likelihood: it must not stand in the row of causal models."""
     result = {"text": "val", "text_sha256": "abc", "method": "pseudo", "suffix": None, "samples": 8,
