@@ -366,8 +366,8 @@ def check_batch(batch, options):
     require((weights >= 0).all(), "a weight is negative")
     require((weights > 0).any(), "all weights are 0: no position is scored")
     if not OBJECTIVES[options.objective].causal:
-        place, times = np.unique(positions[weights > 0], return_counts=True)
-        sequence, position = divmod(int(place[times.argmax()]), T)
+        times = np.bincount(positions[weights > 0])             # how often each position is scored
+        sequence, position = divmod(int(times.argmax()), T)
         require(times.max() == 1,
                 f"position {position + 1} of sequence {sequence + 1} is scored {times.max()} "
                 "times: a masked token has one slot")

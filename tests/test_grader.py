@@ -2,7 +2,7 @@
 The grader is graded: right solutions of exercises 1 to 4, however written, pass; wrong ones fail, each with
 words that name the mistake.
 
-    python -m pytest tests/test_grader.py       # two minutes
+    python -m pytest tests/test_grader.py       # three minutes
 
 A solution is a function that stands in for one of objectives.py. The exercise's tests then run as
 `python -m pytest -x -m exerciseN` would run them.

@@ -291,18 +291,23 @@ def scored_positions(batch, x, options, masked=None):
     per_row = per_row[scored.any(axis=1)]
     per_token = weights
     if options.normalization == "tokens":
-        explain(np.allclose(per_token, per_token[0], rtol=1e-4),
+        explain(alike(per_token, per_token[0]),
                 f"{name}, normalization tokens: every masked token must have the same weight, "
                 f"but weights are {per_token.min():.3g} to {per_token.max():.3g}")
     else:
-        explain(np.allclose(per_row, per_row[0], rtol=1e-4),
+        explain(alike(per_row, per_row[0]),
                 f"{name}, normalization bound: the weights of every sequence must have the "
                 f"same sum, but the sums are {per_row.min():.3g} to {per_row.max():.3g}")
         expected = (per_row[0] / np.maximum(scored.sum(axis=1), 1))[positions // T]
-        explain(np.allclose(per_token, expected, rtol=1e-4),
+        explain(alike(per_token, expected),
                 f"{name}, normalization bound: the masked tokens of one sequence must have the "
                 "same weight")
     return scored
+
+
+def alike(weights, expected):
+    """np.allclose for positive weights, ten times as fast: it is called for each of thousands of batches."""
+    return (np.abs(weights - expected) <= 1e-4 * expected).all()
 
 
 def explain_masked_inputs(name, batch, x, mask_token, scored, masked):
@@ -312,14 +317,15 @@ def explain_masked_inputs(name, batch, x, mask_token, scored, masked):
     # Inputs
     explain(changed.any(), f"{name}: no token is hidden: the model sees every target")
     other = changed & ~shown
-    ids = np.unique(batch.inputs[other])
-    explain(not (len(ids) == 1 and scored[other].all()),
-            f"{name}: masked positions show the id {ids[:1]}, not the mask token {mask_token} "
-            "(options.mask_token)")
-    row, k = first_place(other)
-    explain(not other.any(),
-            f"{name}: a visible token was changed: position {k + 1} of sequence {row + 1} "
-            f"shows {batch.inputs[row, k]} instead of {x[row, k]}, its token among the first T")
+    if other.any():
+        ids = np.unique(batch.inputs[other])
+        explain(not (len(ids) == 1 and scored[other].all()),
+                f"{name}: masked positions show the id {ids[:1]}, not the mask token {mask_token} "
+                "(options.mask_token)")
+        row, k = first_place(other)
+        explain(False,
+                f"{name}: a visible token was changed: position {k + 1} of sequence {row + 1} "
+                f"shows {batch.inputs[row, k]} instead of {x[row, k]}, its token among the first T")
     if masked is not None:
         row, k = first_place(shown != masked)
         explain(np.array_equal(shown, masked),
