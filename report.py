@@ -228,23 +228,29 @@ def perplexities(result, tests):
 
     # The same tokens with more and more of the text before them visible
     visible = sorted(result["context"], key=lambda m: math.inf if m == "all" else int(m))
+    scored = {**sample, "visible": visible}
     for m in visible:
-        scored = {**sample, "visible": visible}
         add(f"perplexity, {m} tokens visible", f"context {m}", result["context"][m], scored)
-
-    # ... and what the additional text is worth, step by step and in all
-    steps = list(zip(visible, visible[1:]))
-    if len(steps) > 1:
-        steps.append((visible[0], visible[-1]))
-    for fewer, more in steps:
-        before = f"perplexity, {fewer} tokens visible{kind}"
-        after = f"perplexity, {more} tokens visible{kind}"
-        out[f"{CONTEXT_GAIN}from {fewer} to {more} tokens visible{kind}"] = {
-            "value": math.log(out[before]["value"] / out[after]["value"]),
-            "test": out[before]["test"], "of": before, "minus": after}
+    out |= context_gains(out, visible, kind)
 
     if result["unigram"] and not kind:
         out[UNIGRAM] = {"value": result["unigram"]["perplexity"]}
+    return out
+
+
+def context_gains(measurements, visible, kind):
+    """What more visible text is worth in nats, from each of the lengths `visible` to the next, and in all."""
+    steps = list(zip(visible, visible[1:]))
+    if len(steps) > 1:
+        steps.append((visible[0], visible[-1]))
+
+    out = {}
+    for fewer, more in steps:
+        before = f"perplexity, {fewer} tokens visible{kind}"
+        after = f"perplexity, {more} tokens visible{kind}"
+        nats = math.log(measurements[before]["value"] / measurements[after]["value"])
+        name = f"{CONTEXT_GAIN}from {fewer} to {more} tokens visible{kind}"
+        out[name] = {"value": nats, "test": measurements[before]["test"], "of": before, "minus": after}
     return out
 
 

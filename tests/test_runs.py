@@ -522,8 +522,8 @@ def test_a_refusal_ends_all_processes_without_a_traceback(run, data_dir, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
-    ("--dataset nowhere", "there is no dataset"), ("--lookahead x", "lookahead"), ("--resume", "holds no checkpoint"),
-    ("--block_size 16384 --batch_tokens 131072", "window")])
+    ("--dataset nowhere", "there is no dataset"), ("--n_head 3", "n_head"), ("--lookahead x", "lookahead"),
+    ("--resume", "holds no checkpoint"), ("--block_size 16384 --batch_tokens 131072", "window")])
 def test_an_error_is_said_once_in_all(data_dir, tmp_path, flags, message):
     done = subprocess.run(
         [*torchrun(2, 6), ROOT / "train.py", *TINY, "--data_dir", data_dir, "--out_dir", tmp_path / "out",
