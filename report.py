@@ -628,15 +628,10 @@ def label_ends(axes, ends):
 
 def plot_gains(runs, tests, axes):
     """What each probe gains over the input embeddings, one group of bars per probe."""
-    # {measurement: name below the axis}. The leading directions only where there is nothing else
-    names = {}
-    for run in all_runs(runs):
-        for name, measured in run["measurements"].items():
-            if ": gain" in name and "fine-tuned" not in name:
-                short = name.split(": gain")[0].replace(", accuracy", "").replace("stdlib-", "")
-                names[name] = short.replace(", ", "\n")
-    whole = {name: short for name, short in names.items() if "directions" not in name}
-    names = whole or names
+    # The leading directions only where there is nothing else
+    found = [name for name in measurement_names(runs, ": gain") if "fine-tuned" not in name]
+    whole = [name for name in found if "directions" not in name]
+    names = short_names(whole or found)
 
     for i, (setting, by_seed) in enumerate(runs.items()):
         samples = [resample_run(run, tests) for run in by_seed.values()]
@@ -664,6 +659,17 @@ def plot_gains(runs, tests, axes):
     if names:
         axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                            frameon=False)
+
+
+def short_names(names):
+    """{name: what stands below the axis} of gains: the task, and below it what differs between them."""
+    parts = {}
+    for name in names:
+        words = name.split(": gain")[0].replace("stdlib-", "").split(", ")
+        parts[name] = [word for word in words if word not in ("accuracy", "Matthews")]
+    shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    return {name: "\n".join([task, *[word for word in rest if word not in shared]])
+            for name, (task, *rest) in parts.items()}
 
 # -----------------------------------------------------------------------------
 # Command line

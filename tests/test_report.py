@@ -85,6 +85,16 @@ def test_the_baseline_of_fine_tuning_has_its_own_name():
         "RTE, accuracy, mean, fine-tuned: gain over the same from initial weights"]
 
 
+def test_names_below_the_axis_say_what_differs():
+    """What all have in common would only make them overlap."""
+    ours = "stdlib-topic, accuracy, mean: gain over its input embeddings"
+    cola = "CoLA, Matthews, max, 300 examples: gain over its input embeddings"
+    assert report.short_names([ours]) == {ours: "topic\nmean"}
+    assert list(report.short_names([cola, cola.replace("max", "mean")]).values()) == ["CoLA\nmax", "CoLA\nmean"]
+    assert list(report.short_names([cola, ours]).values()) == ["CoLA\nmax\n300 examples", "topic\nmean"]
+    assert report.short_names([]) == {}
+
+
 def test_many_settings_get_a_row_each():
     def run(value):
         return {"0": {"measurements": {"perplexity, all": {"value": value}, "spectrum: s_2": {"value": 0.5}}}}
