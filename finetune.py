@@ -89,11 +89,10 @@ def finetune(model, train, tests, n_classes, eot, kind, lr, seed, args):
     target = target.to(device)
 
     # Batches, epoch after epoch
-    n = len(train.y)
-    cuts = range(args.batch_size, n, args.batch_size)
+    lengths = np.array([len(ids) for ids in train.examples])                    # (n,)
     order = []
     for _ in range(args.epochs):
-        order += np.split(rng.permutation(n), cuts)
+        order += shuffled_batches(lengths, args.batch_size, rng)
 
     # Optimizer: 6 % warmup, then linear decay to 0
     steps = len(order)
@@ -131,3 +130,17 @@ def finetune(model, train, tests, n_classes, eot, kind, lr, seed, args):
             scores = head(features.to(device)).cpu()
         predictions.append((scores.argmax(dim=1) if n_classes else scores[:, 0].double()).numpy())
     return predictions
+
+
+def shuffled_batches(lengths, batch_size, rng):
+    """One epoch: arrays of indices into lengths (n,), every index once, batch_size of them in each but one.
+
+    Texts of a batch are padded to its longest, so texts of similar length come together: what is shuffled is
+    sorted by length within blocks of 16 batches, and the batches are shuffled again.
+    """
+    block = 16 * batch_size
+    shuffled = rng.permutation(len(lengths))
+    blocks = [shuffled[start:start + block] for start in range(0, len(shuffled), block)]
+    by_length = np.concatenate([indices[np.argsort(lengths[indices])] for indices in blocks])
+    batches = np.split(by_length, range(batch_size, len(by_length), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
