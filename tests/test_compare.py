@@ -642,6 +642,7 @@ def test_a_failing_command_keeps_what_others_finished(scripts, capsys):
     assert Path("out/compare/ar-0/finished.json").exists()
 
 
+@pytest.mark.slow
 def test_figures_need_no_training(scripts, capsys):
     pytest.importorskip("matplotlib")
     run("--seeds", "0", "1")

@@ -542,6 +542,7 @@ def test_counterexample_whole_block():
     assert ((block ** 2).sum() - 1, (reference ** 2).sum() - 1) == pytest.approx((3.287, 1.794), abs=6e-4)
 
 
+@pytest.mark.slow
 def test_counterexample_exchangeable_text_nothing_to_gain():
     P = text_distribution(S=4, rho=0)
     for k, number in enumerate([1.3122, 1.4501, 1.5793, 1.6006, 1.6142], 1):
@@ -595,6 +596,7 @@ def test_every_part_prints_its_table():
     assert first["vlm(1..4)"] == ("0.901", "E", "2.231", "X")
 
 
+@pytest.mark.slow
 def test_one_part():
     out = run("--part", 5)
     assert out.stdout.startswith("5. Generation") and "0.163" in out.stdout

@@ -1105,6 +1105,7 @@ def stdlib(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_stdlib(stdlib):
     files = documents.stdlib_files()
     names = [name for name, _ in files]
@@ -1123,6 +1124,7 @@ def test_stdlib(stdlib):
         assert meta["splits"][split]["tokens"] < meta["splits"][split]["bytes"] / 2.5
 
 
+@pytest.mark.slow
 def test_another_stdlib_is_noticed(stdlib, monkeypatch):
     """A library with the same version and other text: a patched one, or that of another installation."""
     data.prepare("stdlib", data_dir=stdlib)
@@ -1132,6 +1134,7 @@ def test_another_stdlib_is_noticed(stdlib, monkeypatch):
         data.prepare("stdlib", data_dir=stdlib)
 
 
+@pytest.mark.slow
 def test_stdlib_has_no_twins_across_the_split(stdlib, capsys):
     """Without encodings 7 % of the tokens of val are in runs of 13 that also occur in train (English text:
     7 % too), with encodings it was 20 %."""

@@ -672,6 +672,30 @@ def flags_of(*flags):
     return eval_glue.build_parser().parse_args(["--checkpoint", "vlm", "--finetune", *flags])
 
 
+def test_batches_of_fine_tuning():
+    """Every example once, all batches full but one, in another order each epoch, with less padding than chance."""
+    lengths = np.random.default_rng(0).integers(1, 100, size=1003)
+    rng = np.random.default_rng(1)
+    epochs = [finetune.shuffled_batches(lengths, 20, rng) for _ in range(2)]
+    for batches in epochs:
+        assert sorted(np.concatenate(batches)) == list(range(1003))
+        assert sorted(map(len, batches)) == [3] + 50 * [20]
+    first, second = ({tuple(sorted(batch)) for batch in batches} for batches in epochs)
+    assert len(first & second) < 5
+
+    # Long and short batches are mixed
+    longest = [lengths[batch].max() for batch in epochs[0]]
+    assert 0.25 < np.mean(np.diff(longest) > 0) < 0.75
+    padded = sum(len(batch) * lengths[batch].max() for batch in epochs[0])
+    chance = sum(20 * lengths[start:start + 20].max() for start in range(0, 1000, 20))
+    assert padded < 1.15 * lengths.sum() < 0.65 * chance
+
+    # Few examples are one batch
+    [only] = finetune.shuffled_batches(lengths[:5], 20, rng)
+    assert sorted(only) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
 def test_finetune_starts_at_the_checkpoint_and_leaves_it_unchanged(checkpoints):
     model = trained(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -847,6 +847,7 @@ def test_every_process_of_torchrun_touches_its_own_gpu_only(asked, monkeypatch):
     assert pick_device("cpu") == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reuse_memory is for Linux with glibc")
 def test_reuse_memory_saves_the_page_faults_of_large_buffers():
     """Buffers of 64 MiB are 16,384 pages each, if the kernel has to clear them again, as it does at first."""

@@ -89,6 +89,7 @@ def test_a_device_picked_automatically_is_picked_again(data_dir, tmp_path):
 # -----------------------------------------------------------------------------
 # Data
 
+@pytest.mark.slow
 def test_a_dataset_prepared_again_is_refused(run, data_dir, tmp_path):
     other = tmp_path / "data"
     shutil.copytree(data_dir, other)
@@ -326,7 +327,6 @@ def wait_for(path, process, seconds=60):
     assert path.exists(), "the run did not begin"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_at_once_whatever_the_log_interval(data_dir, tmp_path, number):
     process = subprocess.Popen(

@@ -152,6 +152,7 @@ def test_a_section_is_found_by_its_heading():
         student_copy.section(text, "Three")
 
 
+@pytest.mark.slow
 def test_the_copy_imports(copy):
     folder, _ = copy
     modules = [path.stem for path in folder.glob("*.py")]
