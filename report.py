@@ -667,9 +667,17 @@ def short_names(names):
     for name in names:
         words = name.split(": gain")[0].replace("stdlib-", "").split(", ")
         parts[name] = [word for word in words if word not in ("accuracy", "Matthews")]
-    shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
-    return {name: "\n".join([task, *[word for word in rest if word not in shared]])
-            for name, (task, *rest) in parts.items()}
+
+    # What all have in common, such as "300 examples", would only make them overlap
+    common = set()
+    if len(parts) > 1:
+        common = set.intersection(*map(set, parts.values()))
+
+    short = {}
+    for name, (task, *rest) in parts.items():
+        differs = [word for word in rest if word not in common]
+        short[name] = "\n".join([task, *differs])
+    return short
 
 # -----------------------------------------------------------------------------
 # Command line
