@@ -685,7 +685,8 @@ def short_names(names):
 def build_parser():
     p = Parser("The tables and figures of a finished comparison.")
     p.add_argument("files", nargs="+", metavar="FILE",
-                   help="compare.json of a comparison; several with other seeds or settings are joined")
+                   help="compare.json of a comparison; several with other seeds, settings or measurements "
+                        "are joined")
     p.add_argument("--runs", nargs="+", metavar="SETTING", help="only these settings, in this order")
     p.add_argument("--against", nargs="+", metavar="SETTING",
                    help="settings that the others are compared with (default: the first)")
@@ -699,7 +700,10 @@ def build_parser():
 
 
 def read(paths, settings):
-    """(runs, tests) of one comparison, or of several joined, only these settings. Raises DataError."""
+    """(runs, tests) of one comparison, or of several joined, only these settings. Raises DataError.
+
+    The files may have different settings, seeds, or measurements of the same runs.
+    """
     runs = {}
     tests = {}
     for path in paths:
@@ -713,15 +717,27 @@ def read(paths, settings):
             raise DataError(f"{path} was not written by compare.py: {error!r}") from None
         for setting, by_seed in found.items():
             joined = runs.setdefault(setting, {})
-            twice = sorted(joined.keys() & by_seed.keys())
-            if twice:
-                raise DataError(f"{path}: {setting!r} with seed {twice[0]} is in an earlier file too")
-            joined |= by_seed
+            for seed, run in by_seed.items():
+                earlier = joined.setdefault(seed, run)
+                different = contradiction(earlier, run)
+                if different:
+                    raise DataError(f"{path}: {setting!r} with seed {seed} is in an earlier file too, "
+                                    f"with another {different}")
+                earlier["measurements"] |= run["measurements"]
 
     missing = [name for name in settings or [] if name not in runs]
     if missing:
         raise DataError(f"{', '.join(paths)}: no setting {missing[0]!r}, only: {', '.join(runs)}")
     return {name: runs[name] for name in settings or runs}, tests
+
+
+def contradiction(run, other):
+    """In what two runs differ that should be one, measured by different commands: a name, or None."""
+    if run.get("weights") != other.get("weights"):
+        return "weights"
+    measured = run["measurements"].keys() & other["measurements"].keys()
+    different = [name for name in measured if run["measurements"][name] != other["measurements"][name]]
+    return min(different, default=None)
 
 
 def keep(runs, rows):

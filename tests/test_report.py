@@ -61,8 +61,29 @@ def test_files_with_other_seeds_or_settings_are_joined(finished, capsys):
     report.main([*parts, "--against", "ar", "mlm"])
     assert capsys.readouterr().out == finished
 
-    error = refused(capsys, "third.json")
-    assert "third.json: 'mlm' with seed 0 is in an earlier file too" in error
+
+
+def test_measurements_of_the_same_runs_are_joined(finished, capsys):
+    """Split by measurement and joined again, it is the same comparison. Contradictions are refused."""
+    whole = json.loads(Path("saved.json").read_text())
+    def part(wanted, **changes):
+        contents = json.loads(json.dumps(whole))
+        for run in report.all_runs(contents["runs"]):
+            run["measurements"] = {name: m for name, m in run["measurements"].items() if wanted(name)}
+            run |= changes
+        return json.dumps(contents)
+
+    Path("first.json").write_text(part(lambda name: "perplexity" in name))
+    Path("second.json").write_text(part(lambda name: "perplexity" not in name))
+    report.main(["first.json", "second.json", "first.json", "--against", "ar", "mlm"])
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(finished.splitlines())
+
+    Path("other.json").write_text(part(lambda name: "perplexity" not in name, weights="0123"))
+    assert "other.json: 'ar' with seed 0 is in an earlier file too, with another weights" in refused(capsys, "other.json")
+    contents = json.loads(part(lambda name: True))
+    contents["runs"]["mlm"]["1"]["measurements"]["perplexity after 1"]["value"] *= 2
+    Path("other.json").write_text(json.dumps(contents))
+    assert "'mlm' with seed 1 is in an earlier file too, with another perplexity after 1" in refused(capsys, "other.json")
 
 
 def test_figures_need_the_file_only(finished):
