@@ -719,10 +719,10 @@ def read(paths, settings):
             joined = runs.setdefault(setting, {})
             for seed, run in by_seed.items():
                 earlier = joined.setdefault(seed, run)
-                different = contradiction(earlier, run)
-                if different:
+                difference = contradiction(earlier, run)
+                if difference:
                     raise DataError(f"{path}: {setting!r} with seed {seed} is in an earlier file too, "
-                                    f"with another {different}")
+                                    f"with {difference}")
                 earlier["measurements"] |= run["measurements"]
 
     missing = [name for name in settings or [] if name not in runs]
@@ -732,12 +732,13 @@ def read(paths, settings):
 
 
 def contradiction(run, other):
-    """In what two runs differ that should be one, measured by different commands: a name, or None."""
+    """How two runs differ that should be one, measured by several commands, in words. None if they do not."""
     if run.get("weights") != other.get("weights"):
-        return "weights"
-    measured = run["measurements"].keys() & other["measurements"].keys()
-    different = [name for name in measured if run["measurements"][name] != other["measurements"][name]]
-    return min(different, default=None)
+        return "different weights"
+    for name, measured in run["measurements"].items():
+        if other["measurements"].get(name, measured) != measured:
+            return f"a different {name}"
+    return None
 
 
 def keep(runs, rows):

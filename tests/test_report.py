@@ -79,11 +79,11 @@ def test_measurements_of_the_same_runs_are_joined(finished, capsys):
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(finished.splitlines())
 
     Path("other.json").write_text(part(lambda name: "perplexity" not in name, weights="0123"))
-    assert "other.json: 'ar' with seed 0 is in an earlier file too, with another weights" in refused(capsys, "other.json")
+    assert "other.json: 'ar' with seed 0 is in an earlier file too, with different weights" in refused(capsys, "other.json")
     contents = json.loads(part(lambda name: True))
     contents["runs"]["mlm"]["1"]["measurements"]["perplexity after 1"]["value"] *= 2
     Path("other.json").write_text(json.dumps(contents))
-    assert "'mlm' with seed 1 is in an earlier file too, with another perplexity after 1" in refused(capsys, "other.json")
+    assert "'mlm' with seed 1 is in an earlier file too, with a different perplexity after 1" in refused(capsys, "other.json")
 
 
 def test_figures_need_the_file_only(finished):
