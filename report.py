@@ -18,6 +18,8 @@ errors:
     over the test  se_test = standard deviation of the mean difference over resamples of the test documents
                    (examples, where they are independent), the same for both settings and all seeds
 
+The same is printed for what a setting gains over its own baseline, as "ar" instead of "dar - ar".
+
 RULE below says when such a difference is called shown. It has Student's t and not 2 because the spread of
 three seeds is itself uncertain. With 2, pure noise between seeds would pass in 18 % of all cases, with t in
 5 %. That holds per row: of 40 rows without any difference, two may pass.
@@ -80,7 +82,10 @@ def errors(pairs):
 
 
 def find_differences(runs, tests, against):
-    """Every setting against each of the settings in `against`: a list of dicts, one per measurement."""
+    """Every setting against each of the settings in `against`: a list of dicts, one per measurement.
+
+    Then what each setting gains over its own baselines, "against" None.
+    """
     samples = {}
     for setting, by_seed in runs.items():
         samples[setting] = {seed: resample_run(run, tests) for seed, run in by_seed.items()}
@@ -104,6 +109,18 @@ def find_differences(runs, tests, against):
             if not same_test:                       # another text or other labels cannot be paired
                 found |= {"se_test": None, "shown": None}
             out.append({"setting": setting, "against": reference, "measurement": name, **found})
+
+    # A gain is a difference of its own
+    for setting, by_seed in runs.items():
+        for name in measurement_names({setting: by_seed}):
+            pairs = []
+            for seed, run in by_seed.items():
+                if "minus" in run["measurements"].get(name, {}):
+                    measured = run["measurements"][name]
+                    of_seed = samples[setting][seed]
+                    pairs.append((of_seed[measured["of"]], of_seed[measured["minus"]]))
+            if pairs:
+                out.append({"setting": setting, "against": None, "measurement": name, **errors(pairs)})
     return out
 
 
@@ -395,7 +412,10 @@ def with_range(mean, values, digits):
 
 
 def difference_table(differences):
-    """One row per difference: mean over seeds [least, greatest], both errors, and the verdict."""
+    """One row per difference: mean over seeds [least, greatest], both errors, and the verdict.
+
+    A setting alone stands before what it gains over its own baseline.
+    """
     rows = [["difference", "measurement", "mean over seeds", "se seeds", "se test", "verdict"]]
     for found in differences:
         mean = found["mean"]
@@ -420,7 +440,9 @@ def difference_table(differences):
         def error(kind):
             return "-" if found[kind] is None else f"{scale * found[kind]:.{digits}f}"
 
-        settings = f"{found['setting']} {sign} {found['against']}"
+        settings = found["setting"]
+        if found["against"]:
+            settings = f"{settings} {sign} {found['against']}"
         measurement = found["measurement"] + unit
         verdict = {True: "shown", False: "not shown", None: "-"}[found["shown"]]
         rows.append([settings, measurement, with_range(mean, by_seed, digits),

@@ -116,6 +116,32 @@ def test_names_below_the_axis_say_what_differs():
     assert report.short_names([]) == {}
 
 
+def test_a_gain_over_a_baseline_is_judged_like_a_difference():
+    """Three seeds that are 30, 40 and 50 points above their baseline on 10 examples, by hand. And 30, 40, -50."""
+    def run(right, baseline):
+        """Of 10 examples, all of class 0, so many are right."""
+        def score(right):
+            return {"test": "t", "metric": "accuracy", "predictions": right * "0" + (10 - right) * "1"}
+
+        gain = {"value": 10 * (right - baseline), "test": "t", "of": "a", "minus": "a: b"}
+        return {"measurements": {"a": score(right), "a: b": {**score(baseline), "baseline": True}, "a: gain": gain}}
+
+    tests = {"t": {"labels": 10 * "0", "groups": None}}
+    runs = {"ar": {"0": run(6, 3), "1": run(7, 3), "2": run(8, 3)},
+            "mlm": {"0": run(6, 3), "1": run(7, 3), "2": run(3, 8)}}
+    ar, mlm = [found for found in report.find_differences(runs, tests, ["ar"]) if found["against"] is None]
+    assert (ar["setting"], ar["measurement"], ar["by_seed"]) == ("ar", "a: gain", [30, 40, 50])
+    assert ar["se_seeds"] == pytest.approx(10 / 3 ** 0.5)
+
+    # Examples 4 to 6 are gained by all three seeds, 7 by two and 8 by one: the mean over examples has this error
+    gained = np.array([0, 0, 0, 1, 1, 1, 2 / 3, 1 / 3, 0, 0])
+    assert ar["se_test"] == pytest.approx(100 * gained.std() / 10 ** 0.5, rel=0.1)
+    assert ar["shown"] == (40 > math.hypot(4.303 * ar["se_seeds"], 2 * ar["se_test"])) == True
+    assert mlm["by_seed"] == [30, 40, -50] and not mlm["shown"]
+    row = cells(report.difference_table([ar]))[2]
+    assert row[:3] == ["ar", "a: gain, points", "40.0 [30.0, 50.0]"]
+
+
 def test_many_settings_get_a_row_each():
     def run(value):
         return {"0": {"measurements": {"perplexity, all": {"value": value}, "spectrum: s_2": {"value": 0.5}}}}
