@@ -66,6 +66,7 @@ def errors(pairs):
 
     pairs: [(a, b)] of arrays (1 + resamples,), one pair per seed. "se_seeds" is None with one seed; then
     "shown" is None too, as nothing can be said. Arrays (1,), of what has no resamples: "se_test" is None.
+    A gain is a difference already: its b is 0.
     """
     differences = np.array([a - b for a, b in pairs])       # (seeds, 1 + resamples), or (seeds, 1)
     by_seed = differences[:, 0]
@@ -110,17 +111,13 @@ def find_differences(runs, tests, against):
                 found |= {"se_test": None, "shown": None}
             out.append({"setting": setting, "against": reference, "measurement": name, **found})
 
-    # A gain is a difference of its own
+    # The gains of each setting
     for setting, by_seed in runs.items():
         for name in measurement_names({setting: by_seed}):
-            pairs = []
-            for seed, run in by_seed.items():
-                if "minus" in run["measurements"].get(name, {}):
-                    measured = run["measurements"][name]
-                    of_seed = samples[setting][seed]
-                    pairs.append((of_seed[measured["of"]], of_seed[measured["minus"]]))
-            if pairs:
-                out.append({"setting": setting, "against": None, "measurement": name, **errors(pairs)})
+            gains = [(samples[setting][seed][name], 0) for seed, run in by_seed.items()
+                     if "minus" in run["measurements"].get(name, {})]
+            if gains:
+                out.append({"setting": setting, "against": None, "measurement": name, **errors(gains)})
     return out
 
 
@@ -651,26 +648,28 @@ def label_ends(axes, ends):
 def plot_gains(runs, tests, axes):
     """What each probe gains over the input embeddings, one group of bars per probe."""
     # The leading directions only where there is nothing else
-    found = [name for name in measurement_names(runs, ": gain") if "fine-tuned" not in name]
-    whole = [name for name in found if "directions" not in name]
-    names = short_names(whole or found)
+    probed = [name for name in measurement_names(runs, ": gain") if "fine-tuned" not in name]
+    whole = [name for name in probed if "directions" not in name]
+    names = short_names(whole or probed)
 
     for i, (setting, by_seed) in enumerate(runs.items()):
         samples = [resample_run(run, tests) for run in by_seed.values()]
         shift = (i - (len(runs) - 1) / 2) * 0.8 / len(runs)         # side by side within a measurement
         label = setting
         for place, name in enumerate(names):
-            gains = np.array([sample[name] for sample in samples if name in sample])
-            if not len(gains):
+            gains = [(sample[name], 0) for sample in samples if name in sample]
+            if not gains:
                 continue
 
             # Thick bar: lowest to highest seed. Dot: mean. Whisker: standard error over test examples
             x = place + shift
-            gain = gains[:, 0]                                      # (seeds,)
-            se_test = gains.mean(axis=0)[1:].std(ddof=1)
-            axes.plot([x, x], [gain.min(), gain.max()], color=style(i)["color"], alpha=0.35,
-                      linewidth=7, solid_capstyle="butt")
-            axes.errorbar(x, gain.mean(), se_test, capsize=3, linewidth=1, label=label, **style(i))
+            found = errors(gains)
+            least = min(found["by_seed"])
+            greatest = max(found["by_seed"])
+            axes.plot([x, x], [least, greatest], color=style(i)["color"], alpha=0.35, linewidth=7,
+                      solid_capstyle="butt")
+            axes.errorbar(x, found["mean"], found["se_test"], capsize=3, linewidth=1, label=label,
+                          **style(i))
             label = None                                            # once in the legend
 
     axes.spines[["top", "right"]].set_visible(False)
@@ -737,6 +736,8 @@ def read(paths, settings):
                 run["measurements"] |= own_loss(run.setdefault("curve", []))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} was not written by compare.py: {error!r}") from None
+
+        # A run of an earlier file gets its other measurements
         for setting, by_seed in found.items():
             joined = runs.setdefault(setting, {})
             for seed, run in by_seed.items():

@@ -62,7 +62,6 @@ def test_files_with_other_seeds_or_settings_are_joined(finished, capsys):
     assert capsys.readouterr().out == finished
 
 
-
 def test_measurements_of_the_same_runs_are_joined(finished, capsys):
     """Split by measurement and joined again, it is the same comparison. Contradictions are refused."""
     whole = json.loads(Path("saved.json").read_text())
@@ -136,7 +135,7 @@ def test_a_gain_over_a_baseline_is_judged_like_a_difference():
     # Examples 4 to 6 are gained by all three seeds, 7 by two and 8 by one: the mean over examples has this error
     gained = np.array([0, 0, 0, 1, 1, 1, 2 / 3, 1 / 3, 0, 0])
     assert ar["se_test"] == pytest.approx(100 * gained.std() / 10 ** 0.5, rel=0.1)
-    assert ar["shown"] == (40 > math.hypot(4.303 * ar["se_seeds"], 2 * ar["se_test"])) == True
+    assert ar["shown"] and 40 > math.hypot(4.303 * ar["se_seeds"], 2 * ar["se_test"])
     assert mlm["by_seed"] == [30, 40, -50] and not mlm["shown"]
     row = cells(report.difference_table([ar]))[2]
     assert row[:3] == ["ar", "a: gain, points", "40.0 [30.0, 50.0]"]
