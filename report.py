@@ -61,21 +61,24 @@ def se_over_seeds(by_seed):
     return by_seed.std(ddof=1) / math.sqrt(len(by_seed))
 
 
-def errors(pairs):
-    """The difference of two settings with both errors and the verdict, as a dict.
+def errors(differences):
+    """The mean difference of two settings with both errors and the verdict, as a dict.
 
-    pairs: [(a, b)] of arrays (1 + resamples,), one pair per seed. "se_seeds" is None with one seed; then
-    "shown" is None too, as nothing can be said. Arrays (1,), of what has no resamples: "se_test" is None.
-    A gain is a difference already: its b is 0.
+    differences: (seeds, 1 + resamples), as a list of arrays too. With one seed "se_seeds" is None, and "shown"
+    too, as nothing can be said. Without resamples, (seeds, 1), "se_test" is None.
     """
-    differences = np.array([a - b for a, b in pairs])       # (seeds, 1 + resamples), or (seeds, 1)
+    differences = np.array(differences)
     by_seed = differences[:, 0]
     mean = float(by_seed.mean())
+
+    # The error over test examples: all seeds share them, so it is that of their mean
     resamples = differences.mean(axis=0)[1:]
     se_test = float(resamples.std(ddof=1)) if len(resamples) else None
+
+    # The error over seeds
     se_seeds = None
     shown = None
-    if len(pairs) > 1:
+    if len(by_seed) > 1:
         se_seeds = float(se_over_seeds(by_seed))
         shown = is_shown(by_seed, se_test or 0)
     return {"mean": mean, "by_seed": by_seed.tolist(), "se_seeds": se_seeds, "se_test": se_test,
@@ -94,19 +97,19 @@ def find_differences(runs, tests, against):
     out = []
     for setting, reference in pairs_of_settings(list(runs), against):
         for name in names_to_compare(runs[setting], runs[reference]):
-            # Pairs of runs with the same seed that both have this measurement
-            pairs = []
+            # Runs with the same seed that both have this measurement
+            paired = []
             same_test = True
             for seed in runs[setting]:
                 a = find(name, runs[setting].get(seed))
                 b = find(name, runs[reference].get(seed))
                 if a and b:
-                    pairs.append((samples[setting][seed][a], samples[reference][seed][b]))
+                    paired.append(samples[setting][seed][a] - samples[reference][seed][b])
                     same_test &= test_of(runs[setting][seed], a) == test_of(runs[reference][seed], b)
-            if not pairs:
+            if not paired:
                 continue
 
-            found = errors(pairs)
+            found = errors(paired)
             if not same_test:                       # another text or other labels cannot be paired
                 found |= {"se_test": None, "shown": None}
             out.append({"setting": setting, "against": reference, "measurement": name, **found})
@@ -114,7 +117,7 @@ def find_differences(runs, tests, against):
     # The gains of each setting
     for setting, by_seed in runs.items():
         for name in measurement_names({setting: by_seed}):
-            gains = [(samples[setting][seed][name], 0) for seed, run in by_seed.items()
+            gains = [samples[setting][seed][name] for seed, run in by_seed.items()
                      if "minus" in run["measurements"].get(name, {})]
             if gains:
                 out.append({"setting": setting, "against": None, "measurement": name, **errors(gains)})
@@ -657,7 +660,7 @@ def plot_gains(runs, tests, axes):
         shift = (i - (len(runs) - 1) / 2) * 0.8 / len(runs)         # side by side within a measurement
         label = setting
         for place, name in enumerate(names):
-            gains = [(sample[name], 0) for sample in samples if name in sample]
+            gains = [sample[name] for sample in samples if name in sample]
             if not gains:
                 continue
 

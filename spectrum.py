@@ -254,6 +254,8 @@ def check_flags(args):
         raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    if args.data_dir and not os.path.exists(args.data_dir):
+        raise ValueError(f"--data_dir {args.data_dir} does not exist")
     check_different(args.checkpoint, args.results)
     check_plot(args.plot)
 

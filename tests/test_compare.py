@@ -58,7 +58,7 @@ def test_a_difference_of_perplexities_is_paired_by_document():
     tokens = np.array(a["tokens"])
     own = rng.normal(0.1, 0.05, size=100)                   # nats per token by which b is worse, per document
     b = {"tokens": a["tokens"], "nats": (np.array(a["nats"]) + own * tokens).tolist()}
-    found = report.errors([(report.resample_perplexity(b), report.resample_perplexity(a))])
+    found = report.errors([report.resample_perplexity(b) - report.resample_perplexity(a)])
 
     mean = (own @ tokens) / tokens.sum()
     expected = ((own - mean) * tokens).std(ddof=1) / tokens.mean() / 10
@@ -73,11 +73,10 @@ def test_seeds_share_their_test_documents():
     tokens = np.full(80, 10)
     shared = rng.normal(0.1, 0.3, size=80)                  # per document, the same in every seed
     own = rng.normal(0, 0.3, size=(4, 80))                  # per document and seed
-    zero = report.resample_perplexity({"nats": np.zeros(80), "tokens": tokens})
-    pairs = [(report.resample_perplexity({"nats": 10 * (shared + noise), "tokens": tokens}), zero)
-             for noise in own]
+    differences = [report.resample_perplexity({"nats": 10 * (shared + noise), "tokens": tokens})
+                   for noise in own]                        # from a model that loses nothing
     expected = (shared + own.mean(axis=0)).std(ddof=1) / math.sqrt(80)
-    assert report.errors(pairs)["se_test"] == pytest.approx(expected, rel=0.12)
+    assert report.errors(differences)["se_test"] == pytest.approx(expected, rel=0.12)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "Matthews", "F1"])
@@ -91,7 +90,7 @@ def test_the_error_of_a_probe_is_a_paired_bootstrap_over_groups(metric):
     b = np.where((rng.random(41) < 0.3)[group], 1 - a, a)   # other answers in whole groups
     test = {"labels": digits(true), "groups": groups.tolist()}
     x, y = [report.resample_probe({"metric": metric, "predictions": digits(p)}, test) for p in (a, b)]
-    found = report.errors([(x, y)])
+    found = report.errors([x - y])
 
     of = glue_data.METRICS[metric]
     assert found["mean"] == pytest.approx(100 * (of(a, true) - of(b, true)))
@@ -156,13 +155,14 @@ def test_the_whole_chain_on_data_without_a_difference(monkeypatch):
     shown = {0.0: 0, 0.1: 0}
     for difference in shown:
         for _ in range(200):
-            pairs = []
+            differences = []
             per_document = rng.normal(0, 0.05, size=30)     # the same for all seeds: of the two settings
             for _ in range(3):
                 a = 3 + difference + per_document + rng.normal(0, 0.01) + rng.normal(0, 0.02, size=30)
-                pairs.append([report.resample_perplexity({"tokens": tokens, "nats": tokens * nats})
-                              for nats in (a, np.full(30, 3.0))])
-            shown[difference] += report.errors(pairs)["shown"]
+                x, y = [report.resample_perplexity({"tokens": tokens, "nats": tokens * nats})
+                        for nats in (a, np.full(30, 3.0))]
+                differences.append(x - y)
+            shown[difference] += report.errors(differences)["shown"]
     assert shown[0.0] / 200 < 0.08 and shown[0.1] / 200 > 0.9, shown
 
 # -----------------------------------------------------------------------------
@@ -748,6 +748,7 @@ def test_after_a_failure_nothing_else_is_begun(monkeypatch, jobs):
     (["--eval_ppl", "--text nope.txt"], "--text nope.txt does not exist"),
     (["--eval_ppl", "--val --data_dir nowhere"], "--data_dir nowhere does not exist"),
     (["--eval_ppl", "--val --device cuda:7"], "cuda"),
+    (["--spectrum=--data_dir nowhere"], "--data_dir nowhere does not exist"),
     (["--eval_glue", "--tasks RTE --glue_dir nope"], "nope")])
 def test_what_an_evaluation_needs_is_there_before_the_first_run(scripts, capsys, words, reason):
     assert reason in refused(capsys, "--runs", "ar", *words)

@@ -410,7 +410,7 @@ def test_measured_again_it_is_the_same(run_folder):
 @pytest.mark.parametrize("arguments, reason", [
     (["--contexts", "3"], "at least 4"), (["--seed", "-1"], "at least 0"),
     (["--checkpoint", "nowhere", "nowhere"], "nowhere twice"),
-    (["--checkpoint", "nowhere"], "no checkpoint"), (["--data_dir", "nowhere"], "no dataset")])
+    (["--checkpoint", "nowhere"], "no checkpoint"), (["--data_dir", "nowhere"], "does not exist")])
 def test_bad_input_is_one_line_and_exit_2(arguments, reason, run_folder, capsys):
     with pytest.raises(SystemExit) as stop:
         spectrum.main(["--checkpoint", str(run_folder / "random"), *arguments])
