@@ -6,6 +6,7 @@ The command line of train.py: every flag, the presets, and the checks that come 
 import math
 import os
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def parse_args(argv=None):
     """
     parser = build_parser()
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        parser.error = lambda message: sys.exit(2)          # the first process of this machine says it
+        parser.error = leave_it_to_the_first
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or os.path.join("out", args.objective)
 
@@ -137,6 +138,16 @@ def parse_args(argv=None):
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def leave_it_to_the_first(message):
+    """Parser.error of all processes but the first of this machine, which says the same.
+
+    torchrun ends all as soon as one has ended. So this one waits, or the first might be ended before it
+    came to say it.
+    """
+    time.sleep(10)
+    sys.exit(2)
 
 
 def saved_flags(parser, argv, out_dir):

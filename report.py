@@ -39,7 +39,8 @@ from glue_data import METRICS, resample, resample_metric
 RULE = """\
 A difference is shown if it has the same sign in every seed and
 |mean| > sqrt((t se_seeds)^2 + (2 se_test)^2), with Student's t for that many seeds (3 seeds: 4.30).
-Otherwise it may be chance: other seeds, or another text, could turn it round."""
+Otherwise it may be chance: other seeds, or another text, could turn it round.
+A ratio is judged by its logarithm. Shown are exp(mean of the logarithms) and their errors times that."""
 
 # Student's t, 97.5 % quantile, by number of seeds (with one seed nothing is known about their spread)
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}

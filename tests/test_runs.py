@@ -533,6 +533,23 @@ def test_an_error_is_said_once_in_all(data_dir, tmp_path, flags, message):
     assert "[rank" not in done.stderr, "a traceback of a process"
 
 
+@pytest.mark.slow
+def test_an_error_is_said_though_the_first_process_is_slower(tmp_path):
+    """torchrun ends all processes as soon as one has ended, so the others must not be faster."""
+    script = tmp_path / "slow_start.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+if os.environ["LOCAL_RANK"] == "0":
+    time.sleep(2)
+train.main()
+""")
+    done = subprocess.run([*torchrun(2, 7), script, *TINY, "--n_head", "3", "--out_dir", tmp_path / "out"],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and done.stderr.count("error: n_embd") == 1, done.stderr
+
+
 def test_a_flag_may_have_another_default_than_its_field(run, monkeypatch):
     """Nobody gave it, so it is no mistake."""
     parser = flags.build_parser
