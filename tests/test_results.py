@@ -6,6 +6,7 @@ only hold tables and numbers that this command prints. README's findings may hol
 """
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -23,7 +24,7 @@ def sections():
     """[(page and heading, text), ...] of the sections with a report.py command."""
     found = []
     for page in PAGES:
-        for text in re.split(r"^(?=#+ )", page.read_text(encoding="utf-8").replace("\\\n", " "), flags=re.M):
+        for text in re.split(r"^(?=##+ )", page.read_text(encoding="utf-8").replace("\\\n", " "), flags=re.M):
             if re.search(COMMAND, text, flags=re.M):
                 found.append((f"{page.name}: {text.splitlines()[0].strip('# ')}", text))
     return found
@@ -41,8 +42,17 @@ def table_rows(text):
 
 @pytest.fixture(scope="module")
 def printed():
-    """printed(text) -> what the report.py commands in the text print, each run once."""
+    """printed(text) -> what the report.py commands in the text print, each run once, each bootstrap too."""
     outputs = {}
+    resampled = {}
+
+    def once(resample):
+        def found(*contents):
+            key = json.dumps(contents)
+            if key not in resampled:
+                resampled[key] = resample(*contents)
+            return resampled[key]
+        return found
 
     def run(text):
         for command in re.findall(COMMAND, text, flags=re.M):
@@ -59,7 +69,10 @@ def printed():
                 outputs[command] = out.getvalue()
         return "\n".join(outputs[command] for command in re.findall(COMMAND, text, flags=re.M))
 
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "resample_perplexity", once(report.resample_perplexity))
+        patch.setattr(report, "resample_probe", once(report.resample_probe))
+        yield run
 
 
 def numbers(text):
