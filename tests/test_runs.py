@@ -327,6 +327,7 @@ def wait_for(path, process, seconds=60):
     assert path.exists(), "the run did not begin"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_at_once_whatever_the_log_interval(data_dir, tmp_path, number):
     process = subprocess.Popen(
