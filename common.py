@@ -135,6 +135,12 @@ def align(rows):
     return "\n".join(lines)
 
 
+def check_exists(flag, path):
+    """Raises ValueError if the file or folder of a flag does not exist (None: the flag is not given)."""
+    if path and not os.path.exists(path):
+        raise ValueError(f"{flag} {path} does not exist")
+
+
 def check_plot(path):
     """Raises ValueError, before any work, if a figure cannot be drawn to `path` (None: none is wanted)."""
     if path is None:

@@ -77,7 +77,7 @@ def compare(args):
     # Show
     report.show(runs, differences)
     if args.plot:
-        report.plot(runs, tests, args.plot)
+        report.plot(runs, differences, args.plot)
     if args.curves:
         report.plot_curves(runs, tests, args.curves)
 

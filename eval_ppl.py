@@ -30,7 +30,6 @@ is wikitext-2, val, or the name of FILE and the beginning of its sha256. METHOD 
 -matched, and by -N-windows with --max_windows N. Other flags write to the same file.
 """
 import math
-import os
 import sys
 import time
 from functools import partial
@@ -45,8 +44,9 @@ from tqdm import tqdm
 import data
 import texts
 import tokenizer
-from common import (Parser, add_device_flags, align, check_different, check_plot, command_line,
-                    load_checkpoint, one_line_errors, pick_device, result_path, save_figure, write_result)
+from common import (Parser, add_device_flags, align, check_different, check_exists, check_plot,
+                    command_line, load_checkpoint, one_line_errors, pick_device, result_path, save_figure,
+                    write_result)
 from objectives import OBJECTIVES, Draw, Options, mask_batch, options_of_run, spread, uniform_masks
 
 SEED = 2407_00935               # of masks and sampled prompt lengths: the same in every run, for every model
@@ -719,9 +719,8 @@ def check_flags(args):
                         ("suffix", args.suffix != "full"), ("plot", args.plot)]:
         if given and not METHODS[args.method].by_prompt:
             raise ValueError(f"--{name} needs --method left-to-right")
-    for name, given in [("text", args.text), ("data_dir", args.data_dir)]:
-        if given and not os.path.exists(given):
-            raise ValueError(f"--{name} {given} does not exist")
+    check_exists("--text", args.text)
+    check_exists("--data_dir", args.data_dir)
     check_different(args.checkpoint, args.results)
     check_plot(args.plot)
 

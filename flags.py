@@ -143,8 +143,7 @@ def parse_args(argv=None):
 def leave_it_to_the_first(message):
     """Parser.error of all processes but the first of this machine, which says the same.
 
-    torchrun ends all as soon as one has ended. So this one waits, or the first might be ended before it
-    came to say it.
+    torchrun ends all processes as soon as one has ended. So this one waits, until the first has said it.
     """
     time.sleep(10)
     sys.exit(2)

@@ -40,7 +40,7 @@ RULE = """\
 A difference is shown if it has the same sign in every seed and
 |mean| > sqrt((t se_seeds)^2 + (2 se_test)^2), with Student's t for that many seeds (3 seeds: 4.30).
 Otherwise it may be chance: other seeds, or another text, could turn it round.
-A ratio is judged by its logarithm. Shown are exp(mean of the logarithms) and their errors times that."""
+A ratio is judged by its logarithm. The table has the geometric mean, and the logarithm's errors times that."""
 
 # Student's t, 97.5 % quantile, by number of seeds (with one seed nothing is known about their spread)
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -65,10 +65,10 @@ def se_over_seeds(by_seed):
 def errors(differences):
     """The mean difference of two settings with both errors and the verdict, as a dict.
 
-    differences: (seeds, 1 + resamples), as a list of arrays too. With one seed "se_seeds" is None, and "shown"
-    too, as nothing can be said. Without resamples, (seeds, 1), "se_test" is None.
+    differences: one array (1 + resamples,) per seed. With one seed "se_seeds" is None, and "shown" too, as
+    nothing can be said. Without resamples, arrays (1,), "se_test" is None.
     """
-    differences = np.array(differences)
+    differences = np.array(differences)                     # (seeds, 1 + resamples)
     by_seed = differences[:, 0]
     mean = float(by_seed.mean())
 
@@ -118,8 +118,10 @@ def find_differences(runs, tests, against):
     # The gains of each setting
     for setting, by_seed in runs.items():
         for name in measurement_names({setting: by_seed}):
-            gains = [samples[setting][seed][name] for seed, run in by_seed.items()
-                     if "minus" in run["measurements"].get(name, {})]
+            gains = []                              # of the seeds that have it
+            for seed, run in by_seed.items():
+                if "minus" in run["measurements"].get(name, {}):
+                    gains.append(samples[setting][seed][name])
             if gains:
                 out.append({"setting": setting, "against": None, "measurement": name, **errors(gains)})
     return out
@@ -228,8 +230,9 @@ def perplexities(result, tests):
 
     def add(name, key, found, scored):
         """key: that of the sums in `result`, found: what follows from them, scored: on which test set."""
+        test = remember(tests, result["text"], scored)
         nats = [round(nats, 3) for nats in result["nats"][key]]
-        out[name + kind] = {"value": found["perplexity"], "test": remember(tests, result["text"], scored),
+        out[name + kind] = {"value": found["perplexity"], "test": test,
                             "tokens": result["tokens"][key], "nats": nats}
 
     # A masked model is scored on a sample of all tokens, a causal one on all of them and on the same sample
@@ -474,8 +477,8 @@ def style(i):
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
 
 
-def plot(runs, tests, path):
-    """The paper's two sides in one figure, generation and classification.
+def plot(runs, differences, path):
+    """The paper's two sides in one figure, generation and classification. differences: of find_differences.
 
     Perplexity by prompt length, and what linear probes read from context (gain over the input embeddings).
     Bands and bars go from the lowest to the highest seed.
@@ -485,7 +488,7 @@ def plot(runs, tests, path):
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot_perplexity(runs, left)
-    plot_gains(runs, tests, right)
+    plot_gains(runs, differences, right)
     save_figure(figure, path)
 
 
@@ -649,25 +652,26 @@ def label_ends(axes, ends):
                       color=colour, va="center", annotation_clip=False)
 
 
-def plot_gains(runs, tests, axes):
+def plot_gains(runs, differences, axes):
     """What each probe gains over the input embeddings, one group of bars per probe."""
+    gains = {(found["setting"], found["measurement"]): found
+             for found in differences if found["against"] is None}
+
     # The leading directions only where there is nothing else
     probed = [name for name in measurement_names(runs, ": gain") if "fine-tuned" not in name]
     whole = [name for name in probed if "directions" not in name]
     names = short_names(whole or probed)
 
-    for i, (setting, by_seed) in enumerate(runs.items()):
-        samples = [resample_run(run, tests) for run in by_seed.values()]
+    for i, setting in enumerate(runs):
         shift = (i - (len(runs) - 1) / 2) * 0.8 / len(runs)         # side by side within a measurement
         label = setting
         for place, name in enumerate(names):
-            gains = [sample[name] for sample in samples if name in sample]
-            if not gains:
+            found = gains.get((setting, name))
+            if not found:
                 continue
 
             # Thick bar: lowest to highest seed. Dot: mean. Whisker: standard error over test examples
             x = place + shift
-            found = errors(gains)
             least = min(found["by_seed"])
             greatest = max(found["by_seed"])
             axes.plot([x, x], [least, greatest], color=style(i)["color"], alpha=0.35, linewidth=7,
@@ -798,9 +802,10 @@ def main(argv=None):
         keep(runs, args.rows)
         if not measurement_names(runs):
             raise DataError(f"--rows {args.rows!r} finds no measurement in {', '.join(args.files)}")
-        show(runs, find_differences(runs, tests, against), args.rows)
+        differences = find_differences(runs, tests, against)
+        show(runs, differences, args.rows)
         if args.plot:
-            plot(runs, tests, args.plot)
+            plot(runs, differences, args.plot)
         if args.curves:
             plot_curves(runs, tests, args.curves)
         if args.budgets:

@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 import cooccurrence
 import data
-from common import (DataError, Parser, add_device_flags, align, check_dataset, check_different, check_plot,
-                    command_line, load_checkpoint, one_line_errors, pick_device, result_path, save_figure,
-                    write_result)
+from common import (DataError, Parser, add_device_flags, align, check_dataset, check_different, check_exists,
+                    check_plot, command_line, load_checkpoint, one_line_errors, pick_device, result_path,
+                    save_figure, write_result)
 from model import Config
 from objectives import OBJECTIVES, Draw, options_of_run, window_size
 
@@ -254,8 +254,7 @@ def check_flags(args):
         raise ValueError(f"--contexts must be at least 4, not {args.contexts}")
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
-    if args.data_dir and not os.path.exists(args.data_dir):
-        raise ValueError(f"--data_dir {args.data_dir} does not exist")
+    check_exists("--data_dir", args.data_dir)
     check_different(args.checkpoint, args.results)
     check_plot(args.plot)
 

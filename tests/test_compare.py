@@ -675,7 +675,8 @@ def test_figures_where_one_setting_lacks_a_measurement(tmp_path):
             "mlm": {"0": {"measurements": {}, "curve": []}}}
     left, right = figure.subplots(1, 2)
     report.plot_perplexity(runs, left)
-    report.plot_gains(runs, {"t": {"labels": "0101", "groups": None}}, right)
+    differences = report.find_differences(runs, {"t": {"labels": "0101", "groups": None}}, ["ar"])
+    report.plot_gains(runs, differences, right)
     assert [text.get_text() for text in left.texts] == ["ar"]
     assert right.get_legend_handles_labels()[1] == ["ar"]
     report.plot_curves(runs, {}, tmp_path / "a.svg")
